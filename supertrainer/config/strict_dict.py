@@ -69,9 +69,8 @@ class _Lockable:
         try:
             yield self
         finally:
-            self._set_lock(before)
-            for node in known:  # what was taken out of the tree meanwhile gets its lock back too
-                object.__setattr__(node, "_locked", before)
+            for node in known:  # each by itself: what was taken out of the tree meanwhile gets its lock back too
+                node._set_lock(before)
 
     def to_dict(self) -> Any:
         """Return plain dicts, lists and values, nothing lost.

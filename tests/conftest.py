@@ -1,0 +1,30 @@
+"""What all tests share: no network, one thread per worker, quiet libraries, a folder of their own to run in."""
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, settings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("MPLBACKEND", "agg")
+
+
+@pytest.fixture(autouse=True)
+def _threads():
+    import torch
+
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def in_tmp(tmp_path, monkeypatch):
+    """Run in an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+# A loaded machine is slow, not wrong: no deadlines. A failing example prints the seed that repeats it.
+settings.register_profile("house", deadline=None, max_examples=50, print_blob=True,
+                          suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("house")
