@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DTYPES', 'ATTENTIONS', 'STACK', 'UserError', 'nearest', 'did_you_mean', 'require', 'Decision', 'choose_device',
            'matmul_rate', 'choose_dtype', 'choose_attention', 'seed_everything', 'resident_mb', 'MemoryMeter',
-           'environment', 'sha256', 'get_logger', 'quiet', 'in_notebook', 'human_seconds', 'human_mb']
+           'environment', 'sha256', 'get_logger', 'quiet', 'no_bars', 'in_notebook', 'human_seconds', 'human_mb']
 
 # %% ../nbs/00_runtime.ipynb #5b6c447d
 import contextlib
@@ -312,6 +312,24 @@ def quiet(*names: str) -> Iterator[None]:
             logging.getLogger(name).setLevel(level)
 
 
+@contextlib.contextmanager
+def no_bars() -> Iterator[None]:
+    """Hide the progress bars of transformers and datasets inside the block, for work that takes a moment."""
+    import datasets
+    from transformers.utils import logging as transformers_logging
+
+    before = transformers_logging.is_progress_bar_enabled(), not datasets.are_progress_bars_disabled()
+    try:
+        transformers_logging.disable_progress_bar()
+        datasets.disable_progress_bars()
+        yield
+    finally:
+        if before[0]:
+            transformers_logging.enable_progress_bar()
+        if before[1]:
+            datasets.enable_progress_bars()
+
+# %% ../nbs/00_runtime.ipynb #78b2e95f
 def in_notebook() -> bool:
     """Return whether the code runs in a Jupyter or Colab kernel, where rich output can be shown."""
     ipython = sys.modules.get("IPython")

@@ -137,6 +137,7 @@ class BenchmarkBlock(Block):
     batch_size: Positive
     max_new_tokens: Positive
     samples: Annotated[int, Field(ge=0)]
+    show: list[str]
     rows: Positive | None
     speed_rows: Annotated[int, Field(ge=0)]
 
@@ -219,7 +220,7 @@ class BenchmarkSchema(Block):
     model: FinishedModel
     engine: dict[str, Any]
     model_kwargs: ModelKwargs
-    dataset: DatasetBlock | None
+    dataset: DatasetBlock
     benchmark: BenchmarkBlock
     output: OutputBlock
     seed: int

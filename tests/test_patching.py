@@ -1,0 +1,371 @@
+"""The masked loss against the model's own loss and against cross-entropy in float64, in every setting it claims."""
+
+import copy
+import io
+import pickle
+
+import pytest
+import torch
+import torch.nn.functional as F
+import transformers
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
+from transformers import (
+    BertConfig,
+    BertForMaskedLM,
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    GraniteConfig,
+    GraniteForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+    T5Config,
+    T5ForConditionalGeneration,
+)
+from transformers.models.idefics3 import Idefics3Config, Idefics3ForConditionalGeneration
+
+from supertrainer import patching
+from supertrainer.patching import masked_loss, patches, plain_model, project_loss_rows, prove_masked_loss, row_losses
+
+SHAPE = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "max_position_embeddings": 64}
+IMAGE = 66
+
+
+def llama(**changes):
+    torch.manual_seed(1)
+    return LlamaForCausalLM(LlamaConfig(**{**SHAPE, **changes}))
+
+
+def batch_of(vocab=60, rows=3, length=14, share=0.4, seed=2):
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(3, vocab, (rows, length), generator=generator)
+    mask = torch.ones_like(ids)
+    mask[0, -4:] = 0
+    labels = torch.where(torch.rand(ids.shape, generator=generator) < share, ids, -100)
+    return {"input_ids": ids, "attention_mask": mask, "labels": labels.where(mask.bool(), torch.tensor(-100))}
+
+
+def reference(model, batch):
+    """Next-token cross-entropy from the model's full logits, in float64: sum and number of rows."""
+    inputs = {key: value for key, value in batch.items() if key != "labels"}
+    logits = model(**inputs).logits[:, :-1].double().flatten(0, 1)
+    targets = batch["labels"][:, 1:].flatten()
+    return F.cross_entropy(logits, targets, ignore_index=-100, reduction="sum"), int((targets != -100).sum())
+
+
+def gradients(model, loss):
+    model.zero_grad(set_to_none=True)
+    loss.backward()
+    found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def assert_same_step(model, batch, num_items=None, rtol=1e-4):
+    """Loss and every gradient of `masked_loss` against the float64 reference."""
+    total, count = reference(model, batch)
+    expected = total / (num_items or count)
+    wanted = gradients(model, expected)
+    loss = masked_loss(model, batch, num_items)
+    got = gradients(model, loss)
+    assert loss.item() == pytest.approx(expected.item(), rel=rtol)
+    assert wanted.keys() == got.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(got[name], grad, rtol=rtol, atol=rtol * grad.abs().max().item() + 1e-9, msg=name)
+
+
+def gemma2():
+    return Gemma2ForCausalLM(Gemma2Config(**SHAPE, head_dim=8, final_logit_softcapping=5.0, attn_logit_softcapping=20.0,
+                                          sliding_window=8))
+
+
+def granite():
+    return GraniteForCausalLM(GraniteConfig(**SHAPE, logits_scaling=3.0, embedding_multiplier=2.0))
+
+
+@pytest.mark.parametrize("make", [llama, gemma2, granite, lambda: llama(tie_word_embeddings=True)],
+                         ids=["llama", "gemma2 (soft cap)", "granite (scaled logits)", "tied"])
+def test_loss_and_all_gradients_equal_float64_reference(make):
+    torch.manual_seed(3)
+    model = make()
+    assert_same_step(model, batch_of())
+    assert not patches(model)  # nothing fell back
+
+
+def test_num_items_in_batch_divides_the_sum():
+    model, batch = llama(), batch_of()
+    assert_same_step(model, batch, num_items=37)
+    as_tensor = masked_loss(model, batch, torch.tensor(37))
+    assert as_tensor.item() == pytest.approx(model(**batch, num_items_in_batch=37).loss.item(), rel=1e-5)
+
+
+def test_shifted_labels_are_not_shifted_again():
+    model, batch = llama(), batch_of()
+    shifted = {**batch, "shift_labels": patching.next_labels(batch["labels"])}
+    shifted["labels"] = torch.zeros_like(batch["labels"])
+    torch.testing.assert_close(masked_loss(model, shifted), masked_loss(model, batch))
+
+
+def test_mixture_of_experts_adds_its_balance_loss():
+    torch.manual_seed(0)
+    model = MixtralForCausalLM(MixtralConfig(**SHAPE, num_local_experts=4, num_experts_per_tok=2,
+                                             output_router_logits=True, router_aux_loss_coef=0.5))
+    batch = batch_of()
+    own = model(**batch)
+    assert masked_loss(model, batch).item() == pytest.approx(own.loss.item(), rel=1e-5)
+    assert own.aux_loss > 0.1 and not patches(model)
+
+
+def test_vision_language_model():
+    torch.manual_seed(0)
+    config = Idefics3Config(
+        vision_config={"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
+                       "image_size": 16, "patch_size": 4}, scale_factor=2, image_token_id=IMAGE,
+        text_config={"model_type": "llama", **SHAPE}, pad_token_id=0)
+    model = Idefics3ForConditionalGeneration(config)
+    batch = batch_of()
+    batch["attention_mask"][:] = 1
+    batch["input_ids"][:, 1:5] = IMAGE  # (16 / 4 / 2) ** 2 image tokens
+    batch["labels"][:, :6] = -100
+    batch["pixel_values"] = torch.randn(3, 1, 3, 16, 16)
+    assert_same_step(model, batch)
+    assert all(check.passed for check in prove_masked_loss(model, batch))
+
+
+@pytest.mark.parametrize("train", [True, False])
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_lora_with_and_without_gradient_checkpointing(train, checkpointing):
+    model = get_peft_model(llama(), LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False))
+    if checkpointing:
+        model.gradient_checkpointing_enable()
+        model.enable_input_require_grads()
+    model.train(train)
+    assert_same_step(model, batch_of())
+    with_adapter = masked_loss(model, batch_of()).item()
+    with model.disable_adapter():
+        without = masked_loss(model, batch_of()).item()
+        total, count = reference(model, batch_of())
+    assert without == pytest.approx(total.item() / count, rel=1e-5) and abs(without - with_adapter) > 1e-3
+    assert not patches(model)
+
+
+@pytest.mark.parametrize("options", [{"target_modules": ["lm_head", "q_proj"]},
+                                     {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}])
+def test_an_adapter_on_the_output_embedding_itself(options):
+    model = get_peft_model(llama(), LoraConfig(r=4, init_lora_weights=False, **options))
+    assert_same_step(model, batch_of())
+    assert all(check.passed for check in prove_masked_loss(model, batch_of())) and patches(model)[-1].kept
+
+
+@pytest.mark.parametrize("dtype,rel", [(torch.bfloat16, 2e-2), (torch.float16, 4e-3), (torch.float32, 1e-5)])
+def test_weight_types(dtype, rel):
+    model, batch = llama().to(dtype), batch_of()
+    loss = masked_loss(model, batch)
+    total, count = reference(model, batch)
+    assert loss.dtype == torch.float32 and loss.item() == pytest.approx(total.item() / count, rel=rel)
+    checks = prove_masked_loss(model, batch)
+    assert all(check.passed for check in checks), [str(check) for check in checks]
+
+
+def test_autocast_from_float32_weights():
+    model, batch = llama(), batch_of()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss, own = masked_loss(model, batch), model(**batch).loss
+    assert loss.item() == pytest.approx(own.item(), rel=2e-3)
+    loss.backward()
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in model.parameters())
+
+
+def test_no_loss_row_is_a_finite_zero_with_gradient():
+    model, batch = llama(), batch_of()
+    batch["labels"][:] = -100
+    for items in (None, 12):
+        grads = gradients(model, masked_loss(model, batch, items))
+        assert len(grads) == len(list(model.parameters())) and all(not grad.any() for grad in grads.values())
+    batch["labels"][:, 0] = 5  # a label that nothing predicts
+    assert masked_loss(model, batch).item() == 0.0
+
+
+def test_the_hook_is_gone_after_every_exit():
+    model, batch = llama(), batch_of()
+    head = model.get_output_embeddings()
+    with pytest.raises(KeyError), project_loss_rows(model, batch["labels"]):
+        assert len(head._forward_pre_hooks) == 1
+        raise KeyError
+    broken = {**batch, "input_ids": batch["input_ids"] + 1000}
+    with pytest.raises(IndexError):
+        masked_loss(model, broken)
+    assert not head._forward_pre_hooks and not patches(model)  # the user's error, not a reason to give up
+    masked_loss(model, batch)
+    assert not head._forward_pre_hooks
+
+
+def test_only_the_loss_rows_reach_the_output_embedding():
+    model, batch = llama(), batch_of()
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    masked_loss(model, batch)
+    handle.remove()
+    assert seen == [(1, int((batch["labels"][:, 1:] != -100).sum()), 67)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("rows,vocab", [(1, 1), (7, 31), (64, 257), (0, 5)])
+def test_row_losses_against_float64(monkeypatch, dtype, rows, vocab):
+    monkeypatch.setattr(patching, "CHUNK_ELEMENTS", 300)  # several pieces
+    seed = torch.seed() % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    logits = (torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * 8).to(dtype).requires_grad_()
+    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets[1::3] = -100
+    weights = torch.rand(rows, generator=generator, dtype=torch.float64)
+    wide = logits.detach().double().requires_grad_()
+    expected = F.cross_entropy(wide, targets, reduction="none") if rows else wide.sum(-1)
+    (expected * weights).sum().backward()
+    losses = row_losses(logits, targets)
+    (losses * weights.to(losses.dtype)).sum().backward()
+    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
+    torch.testing.assert_close(losses.double(), expected, **close, msg=f"seed {seed}")
+    epsilon = torch.finfo(dtype).eps
+    torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=max(2 * epsilon, 1e-5 * (epsilon > 1e-10)),
+                               atol=max(epsilon / 4, 1e-12), msg=f"seed {seed}")
+
+
+def test_pieces_do_not_change_a_bit(monkeypatch):
+    logits, targets = torch.randn(50, 91), torch.randint(0, 91, (50,))
+    whole = row_losses(logits, targets)
+    monkeypatch.setattr(patching, "CHUNK_ELEMENTS", 91 * 7)
+    assert torch.equal(row_losses(logits, targets), whole)
+
+
+def test_a_masked_row_stays_out_even_if_it_is_not_finite():
+    logits = torch.randn(3, 5)
+    logits[1] = float("nan")
+    logits.requires_grad_()
+    row_losses(logits, torch.tensor([1, -100, 2])).sum().backward()
+    assert torch.isfinite(logits.grad).all() and not logits.grad[1].any()
+
+
+def test_what_cannot_be_masked_uses_the_models_own_loss_and_says_why():
+    torch.manual_seed(0)
+    batch = batch_of()
+    encoder = BertForMaskedLM(BertConfig(vocab_size=67, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                         intermediate_size=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
+    torch.testing.assert_close(masked_loss(encoder, batch), encoder(**batch).loss)
+    seq2seq = T5ForConditionalGeneration(T5Config(vocab_size=67, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                                                  decoder_start_token_id=0, dropout_rate=0.0))
+    torch.testing.assert_close(masked_loss(seq2seq, batch), seq2seq(**batch).loss)
+    assert "encoder-decoder" in prove_masked_loss(seq2seq, batch)[0].detail
+    own = llama()
+    own.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
+    torch.testing.assert_close(masked_loss(own, batch), own(**batch).loss)
+
+
+def test_soft_prompts_fall_back():
+    model = get_peft_model(llama(), PromptTuningConfig(num_virtual_tokens=3, task_type="CAUSAL_LM"))
+    batch = batch_of()
+    torch.testing.assert_close(masked_loss(model, batch), model(**batch).loss)
+    assert not patches(model)[-1].kept and "hidden states" in patches(model)[-1].reason
+    torch.testing.assert_close(masked_loss(model, batch), model(**batch).loss)
+    assert len(patches(model)) == 1  # known from the first time on
+
+
+class Reshapes(LlamaForCausalLM):
+    """Uses its logits as [batch, length, vocabulary]."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        outputs.logits = outputs.logits.view(*input_ids.shape, -1)
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, self.config.vocab_size)
+        return outputs
+
+
+class Biased(LlamaForCausalLM):
+    """Adds something to its logits that depends on the position: masking rows changes the answer without an error."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        length, vocab = outputs.logits.shape[1:]
+        outputs.logits = outputs.logits + torch.arange(length)[None, :, None] * torch.arange(vocab) / vocab
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, vocab)
+        return outputs
+
+
+@pytest.mark.parametrize("kind,passes", [(Reshapes, True), (Biased, False)])
+def test_models_that_need_all_positions(kind, passes):
+    torch.manual_seed(0)
+    model, batch = kind(LlamaConfig(**SHAPE)), batch_of()
+    checks = prove_masked_loss(model, batch)
+    assert all(check.passed for check in checks) == passes and not patches(model)[-1].kept
+    torch.testing.assert_close(masked_loss(model, batch), model(**batch).loss)
+    torch.testing.assert_close(masked_loss(model, batch, 50),
+                               model(**batch).loss * ((batch["labels"][:, 1:] != -100).sum() / 50))
+    batch["labels"][:] = -100
+    assert masked_loss(model, batch).item() == 0.0
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_the_proof_leaves_no_trace(training):
+    model = get_peft_model(llama(attention_dropout=0.3), LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.3))
+    model.train(training)
+    model.base_model.model.model.layers[0].eval()
+    modes = [module.training for module in model.modules()]
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.full_like(parameter, 2.0)
+    state, batch = torch.get_rng_state(), batch_of()
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    with torch.no_grad():
+        checks = prove_masked_loss(model, batch)
+    assert len(checks) == 2 and all(check.passed for check in checks)
+    assert torch.equal(torch.get_rng_state(), state) and modes == [module.training for module in model.modules()]
+    assert all((p.grad == 2.0).all() for p in model.parameters() if p.requires_grad)
+    assert all(torch.equal(weights[name], value) for name, value in model.state_dict().items())
+
+
+def test_dropout_draws_the_same_numbers_both_ways():
+    model = llama(attention_dropout=0.5)
+    assert all(check.passed for check in prove_masked_loss(model, batch_of()))
+
+
+def test_restore_goes_back_to_the_models_own_loss_and_a_proof_brings_it_back():
+    model, batch = llama(), batch_of()
+    prove_masked_loss(model, batch)
+    assert model.patches[-1].kept and "lm_head" in str(model.patches)
+    model.patches.restore()
+    seen = []
+    handle = model.get_output_embeddings().register_forward_hook(lambda module, args, output: seen.append(output.shape))
+    masked_loss(model, batch)
+    assert seen == [(3, 14, 67)]
+    prove_masked_loss(model, batch)
+    seen.clear()
+    masked_loss(model, batch)
+    handle.remove()
+    assert seen[0][0] == 1 and model.patches[-1].kept
+
+
+def test_copies_files_and_classes_are_unaffected(tmp_path):
+    methods = dict(vars(LlamaForCausalLM))
+    model, batch = llama(), batch_of()
+    keys = list(model.state_dict())
+    prove_masked_loss(model, batch)
+    assert list(model.state_dict()) == keys and dict(vars(LlamaForCausalLM)) == methods
+    assert "forward" not in vars(model)
+    copied = copy.deepcopy(model)
+    assert copied.patches == model.patches and copied.patches is not model.patches
+    pickle.load(io.BytesIO(pickle.dumps(model)))
+    model.save_pretrained(tmp_path)
+    again = LlamaForCausalLM.from_pretrained(tmp_path)
+    torch.testing.assert_close(again(**batch).loss, model(**batch).loss)
+    assert transformers.LlamaForCausalLM.forward is LlamaForCausalLM.forward
+
+
+def test_plain_model_looks_through_wrappers():
+    model = llama()
+    wrapped = torch.nn.Module()
+    wrapped.module = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
+    assert plain_model(wrapped) is model
