@@ -78,6 +78,7 @@ def test_one_override_takes_another_model_or_other_data():
     assert compose("train_llm", "model=tiny_llama").model.name == "tiny_llama"
     cfg = compose("train_bert", "dataset.path=rows.jsonl")
     assert cfg.dataset.path == "rows.jsonl" and cfg.dataset.name is None
+    assert compose("train_bert", "dataset.path=null").dataset.name == "python_stdlib_modules"
 
 
 @pytest.mark.parametrize(("words", "said"), [
@@ -108,6 +109,7 @@ def test_one_override_takes_another_model_or_other_data():
     (["train_bert", "+dataset._target_=os.system"], "refused"),
     (["train_bert", "nonsense"], "not an override"),
     (["train_bert", "~dataset.nothing"], "cannot be deleted"),
+    (["train_bert", "seed=[1"], "seed=[1: the value cannot be read"),
     (["train", "seed=1"], "experiment: required"),
     (["infer"], "model.path: required"),
     (["infer", "model.path=x", "sampling.temperatur=1"], "Did you mean 'temperature'?"),
@@ -122,6 +124,7 @@ def test_everything_wrong_is_said_at_once():
                      "dataset.eval_fraction=2", "datset.path=x")
     assert len(found) == 4, found
     assert len(problems("train_brt", "mode=toyy")) == 2
+    assert len(problems("train_bert", "mode=toyy", "nonsense", "seed=[1", "datset.path=x", "seed=x")) == 5
 
 
 def test_errors_write_nothing(in_tmp):

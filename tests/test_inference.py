@@ -160,9 +160,10 @@ def test_streaming_gives_the_same_text_in_pieces_and_passes_errors_on(chat):
 
 def test_leaving_a_stream_early_ends_its_thread(chat):
     tokenizer = chat[1]
-    engine = HFEngine(always(llama(tokenizer, max_position_embeddings=100000), 30), tokenizer, "llm")
+    space = tokenizer.convert_tokens_to_ids("Ġ")  # words are handed over at their end
+    engine = HFEngine(always(llama(tokenizer, max_position_embeddings=100000), space), tokenizer, "llm")
     before = threading.active_count()
-    stream = engine.stream(ask("hello")[0], {"max_new_tokens": 50000})
+    stream = engine.stream(ask("hello")[0], {"max_new_tokens": 20000})
     next(stream)
     stream.close()
     assert threading.active_count() == before

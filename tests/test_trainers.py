@@ -70,7 +70,7 @@ def bert(seed=1, labels=3, dropout=0.0):
     torch.manual_seed(seed)
     return BertForSequenceClassification(BertConfig(
         vocab_size=40, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32,
-        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout,
+        hidden_dropout_prob=dropout, attention_probs_dropout_prob=dropout, initializer_range=0.2,
         id2label={index: f"class {index}" for index in range(labels)}))
 
 
@@ -191,7 +191,8 @@ def test_class_weights_change_what_is_learnt():
     found = []
     for weights in (None, class_weights_for({"class 1": 30.0}, ["class 0", "class 1"], rows["labels"])):
         model = bert(labels=2)
-        text_trainer(model, rows, class_weights=weights, training_kwargs={"max_steps": 30}).train()
+        text_trainer(model, rows, class_weights=weights, training_kwargs={
+                "max_steps": 40, "learning_rate": 5e-3, "per_device_train_batch_size": 40}).train()
         found.append(int(model.eval()(torch.tensor([[2, 5, 9]])).logits.argmax()))
     assert found == [0, 1]
 
@@ -227,7 +228,8 @@ def test_eval_loss_is_the_mean_over_tokens_whatever_the_batches():
 
 
 def test_classifier_learns_and_reports_accuracy_and_macro_f1():
-    trainer = text_trainer(bert(), eval_dataset=text_rows(), training_kwargs={"max_steps": 60, "learning_rate": 4e-3})
+    trainer = text_trainer(bert(), eval_dataset=text_rows(), training_kwargs={
+        "max_steps": 60, "per_device_train_batch_size": 24})
     trainer.train()
     metrics = trainer.evaluate()
     assert metrics["eval_accuracy"] == 1.0 and metrics["eval_macro_f1"] == 1.0 and "eval_loss" in metrics

@@ -27,6 +27,7 @@ def readme(root: Path) -> str:
             lines = cell.source.splitlines()
             cell.source = "\n".join(line for line in lines if not line.startswith("#|")).strip()
     body, _ = MarkdownExporter().from_notebook_node(notebook)
+    body = body.replace("](images/", "](nbs/images/")
     return "<!-- Made from nbs/index.ipynb by `make export`; edit that. -->\n\n" + body.strip() + "\n"
 
 

@@ -100,7 +100,7 @@ def _with_neutral_groups(words: list[_Word], family: str | None, config_dir: str
     added = []
     for key, (group, neutral) in NEUTRAL.items():
         value = next((word.value for word in words if word.key == key and word.prefix != "~"), None)
-        if value is None or family is None or any(word.key == group for word in [*words, *added]):
+        if value in (None, "", "null") or family is None or any(word.key == group for word in [*words, *added]):
             continue
         available = options(group, config_dir)
         same = f"{family}/{value}"
@@ -111,7 +111,7 @@ def _with_neutral_groups(words: list[_Word], family: str | None, config_dir: str
 
 # %% ../../nbs/config/03_composition.ipynb #08a3469b
 def _choose_groups(words: list[_Word], config_dir: str | Path | None) -> tuple[list[str], list[str]]:
-    """Return Hydra's words for the group choices, and the problems among them."""
+    """Return Hydra's words for the group choices that can be made, and the problems of the others."""
     problems, chosen = [], []
     experiment = next((w.value for w in words if w.key == "experiment"), "")
     family = _experiment_family(experiment, config_dir)
@@ -119,6 +119,7 @@ def _choose_groups(words: list[_Word], config_dir: str | Path | None) -> tuple[l
         available = options(word.key, config_dir) if "common/" not in word.key else sorted(
             file.stem for tree in trees(config_dir) for file in (tree / word.key).glob("*.yaml"))
         picked = [_family_option(word.key, value.strip(), family, available) for value in word.value.split(",")]
+        before = len(problems)
         for value in picked:
             if value not in available and value not in ("null", ""):
                 hint = did_you_mean(value, [*available, *(option.rsplit("/", 1)[-1] for option in available)])
@@ -131,7 +132,8 @@ def _choose_groups(words: list[_Word], config_dir: str | Path | None) -> tuple[l
         word.value = ",".join(picked)
         if word.prefix == "+" and word.key in ("experiment", "mode", "dataset", "model", "trainer", "benchmark", "engine"):
             word.prefix = ""
-        chosen.append(str(word))
+        if len(problems) == before:
+            chosen.append(str(word))
     return chosen, problems
 
 
@@ -277,22 +279,39 @@ def normalise(task: str, overrides: Sequence[str], config_dir: str | Path | None
     groups = [word for word in parsed if _is_group(word.key, config_dir)]
     values = [word for word in parsed if not _is_group(word.key, config_dir)]
     chosen, wrong = _choose_groups(groups, config_dir)
-    if wrong or problems:
-        raise UserError(*problems, *wrong)
+    problems += wrong + [problem for word in values if (problem := _unreadable(word))]
     first = [re.sub(r"=([^,]*),.*", r"=\1", word) for word in chosen]  # of a sweep, the first choice decides which keys exist
+    if any(word.key in ("experiment", "family") for word in groups if f"{word.key}={word.value}:" in "".join(wrong)):
+        raise UserError(*problems)  # which keys there are depends on it
     config = _hydra(task, first, config_dir)
-    problems = [problem for word in values if (problem := _check_key(word, config))]
+    readable = [word for word in values if not _unreadable(word)]
+    problems += [problem for word in readable if (problem := _check_key(word, config))]
     if problems:
-        good = [str(word) for word in values if not _check_key(word, config) and not _is_sweep(word.value)]
+        good = [str(word) for word in readable if not _check_key(word, config) and not _is_sweep(word)]
         with_good = _hydra(task, first + good, config_dir)
-        raise UserError(*problems, *problems_of(task, with_good))
+        raise UserError(*problems, *(problems_of(task, with_good) if with_good.get("family") or task != "train" else ()))
     return chosen + [str(word) for word in values]
 
 
-def _is_sweep(value: str) -> bool:
+def _parsed(word: _Word) -> Any:
     from hydra.core.override_parser.overrides_parser import OverridesParser
 
-    return OverridesParser.create().parse_override(f"key={value}").is_sweep_override()
+    return OverridesParser.create().parse_override(str(word))
+
+
+def _is_sweep(word: _Word) -> bool:
+    return _parsed(word).is_sweep_override()
+
+
+def _unreadable(word: _Word) -> str | None:
+    from hydra.errors import HydraException
+
+    try:
+        _parsed(word)
+    except HydraException as error:
+        return (f"{word.text}: the value cannot be read ({str(error).splitlines()[0]}). "
+                f"Put text with special characters in quotes: '{word.key}=\"…\"'.")
+    return None
 
 
 def checked(task: str, config: dict) -> dict:

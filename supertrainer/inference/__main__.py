@@ -1,0 +1,8 @@
+"""`python -m supertrainer.inference …`, the same as `supertrainer infer …`."""
+
+import importlib
+import sys
+
+if __name__ == "__main__":
+    # by name: the command line stands on a higher floor, and only the interpreter's -m comes this way
+    sys.exit(importlib.import_module("supertrainer.cli").main(["infer", *sys.argv[1:]]))

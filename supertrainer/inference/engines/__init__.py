@@ -1,0 +1,1 @@
+"""Engines: each runs a model its own way behind the same protocol."""
