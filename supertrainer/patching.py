@@ -85,7 +85,7 @@ def patches(model: nn.Module) -> Patches:
 class NotMaskable(Exception):
     """This model's loss cannot be computed from its loss rows alone; the message says why."""
 
-
+# %% ../nbs/11_patching.ipynb #10356554
 class LossRows:
     """A forward pre-hook on one model's output embedding that keeps the positions whose target is not `-100`.
 

@@ -47,7 +47,7 @@ def test_modules_are_chapters(path):
 @pytest.mark.parametrize("path", sorted((ROOT / "nbs").rglob("*.ipynb")), ids=lambda path: path.name)
 def test_notebooks_read_as_chapters(path):
     cells = nbformat.read(path, as_version=4).cells
-    assert cells[0].cell_type == "markdown" and re.match(r"# .+\n> .+", cells[0].source), "a title and what it is for"
+    assert cells[0].cell_type == "markdown" and re.match(r"# .+\n\n?> .+", cells[0].source), "a title and what it is for"
     in_a_row = 0
     for cell in cells:
         exported = cell.cell_type == "code" and cell.source.startswith("#| export")

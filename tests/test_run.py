@@ -27,7 +27,7 @@ SMALL = {
 def toy_run(request, tmp_path_factory):
     """One short but complete run of a family: training, evaluation before and after, saving, report."""
     folder = tmp_path_factory.mktemp(request.param) / "run"
-    cfg = compose(request.param, "mode=toy", f"run.dir={folder}", "trainer.training_kwargs.max_steps=6",
+    cfg = compose(request.param, "mode=toy", f"run.dir={folder}", "trainer.training_kwargs.max_steps=6", "trainer.training_kwargs.logging_steps=2",
                   "dataset.limit={train: 300, eval: 48}", *SMALL[request.param])
     return train(cfg)
 

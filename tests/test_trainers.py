@@ -133,6 +133,7 @@ def test_chat_losses_equal_plain_trainer_step_by_step(accumulate, lora):
         torch.testing.assert_close(ours.state_dict()[name], value, rtol=1e-3, atol=1e-4, msg=name)
 
 
+@pytest.mark.skipif(trl.__version__ < "1.16", reason="TRL 1.15's fused head needs a GPU driver for Triton, even on a CPU")
 def test_chat_losses_equal_trls_own():
     """TRL's SFTTrainer with its fused head on the same prepared rows."""
     shared = {"learning_rate": 1e-2, "max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1, "seed": 3,

@@ -46,16 +46,7 @@ class Sampling:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
-        rules = {"max_new_tokens": (lambda v: v >= 1, "at least 1"), "temperature": (lambda v: v > 0, "above 0"),
-                 "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"), "top_k": (lambda v: v >= 1, "at least 1"),
-                 "repetition_penalty": (lambda v: v > 0, "above 0")}
-        problems = [f"sampling.{name}={getattr(self, name)!r} must be {words}."
-                    for name, (holds, words) in rules.items()
-                    if getattr(self, name) is not None and not holds(getattr(self, name))]
-        if not self.do_sample:
-            problems += [f"sampling.{name}={getattr(self, name)!r} has no effect without sampling.do_sample=true: "
-                         "set that, or leave it out." for name in ("temperature", "top_p", "top_k")
-                         if getattr(self, name) is not None]
+        problems = _out_of_range(self)
         if problems:
             raise UserError(*problems)
 
@@ -70,6 +61,20 @@ class Sampling:
         if unknown:
             raise UserError(*unknown)
         return cls(**dict(options or {}))
+
+# %% ../../nbs/inference/00_base.ipynb #a6c873a0
+def _out_of_range(sampling: Sampling) -> list[str]:
+    """Return what is wrong with the values of `sampling`, one sentence each."""
+    rules = {"max_new_tokens": (lambda v: v >= 1, "at least 1"), "temperature": (lambda v: v > 0, "above 0"),
+             "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"), "top_k": (lambda v: v >= 1, "at least 1"),
+             "repetition_penalty": (lambda v: v > 0, "above 0")}
+    values = {name: getattr(sampling, name) for name in rules if getattr(sampling, name) is not None}
+    problems = [f"sampling.{name}={value!r} must be {rules[name][1]}."
+                for name, value in values.items() if not rules[name][0](value)]
+    if not sampling.do_sample:
+        problems += [f"sampling.{name}={values[name]!r} has no effect without sampling.do_sample=true: "
+                     "set that, or leave it out." for name in ("temperature", "top_p", "top_k") if name in values]
+    return problems
 
 # %% ../../nbs/inference/00_base.ipynb #c7134326
 def require_honoured(sampling: Sampling, honoured: Iterable[str], engine: str) -> None:
@@ -155,7 +160,7 @@ def _csv_rows(file: TextIO, where: str) -> Iterator[tuple[str, Any]]:
         more = row.pop(None, None)
         yield place, _Broken(f"{len(more)} cells more than the header has") if more else row
 
-
+# %% ../../nbs/inference/00_base.ipynb #12f6764a
 def _raw_rows(source: str, stdin: TextIO) -> Iterator[tuple[str, Any]]:
     if source == "-":
         yield from _json_rows(stdin, "standard input", plain_text=True)
@@ -208,7 +213,7 @@ def _problem(row: Any, folder: Path) -> str:
             return "" if isinstance(row[key], str) and row[key].strip() else f"{key} is empty"
     return f"no request in it: expected {KINDS}; columns: {', '.join(map(str, row)) or 'none'}"
 
-
+# %% ../../nbs/inference/00_base.ipynb #614af0cd
 def read_requests(source: str | Path, stdin: TextIO | None = None) -> list[dict[str, Any]]:
     """Return the requests of a file, or of standard input for `"-"`.
 

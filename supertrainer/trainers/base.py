@@ -222,8 +222,8 @@ class MeasuredSteps:
         if not math.isfinite(value):
             raise UserError(
                 f"Training stopped at step {step}: {name} is {value}. The learning rate "
-                f"({self.args.learning_rate:g}) may be too high, float16 too narrow (use bfloat16 or float32), or a row "
-                "broken. Checkpoints, if any, are from before that step.")
+                f"({self.args.learning_rate:g}) may be too high, float16 too narrow (use bfloat16 or float32), or a "
+                "row broken. Checkpoints, if any, are from before that step.")
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Add tokens per second to what is logged, and refuse figures that are not finite."""

@@ -326,7 +326,7 @@ def generate(generator: Generator, conversations: Sequence[Sequence[Mapping[str,
                 bar.update(len(chosen))
     return [results[row] for row in range(len(texts))]
 
-
+# %% ../../../nbs/inference/engines/00_hf.ipynb #dd7b704a
 def stream(generator: Generator, conversation: Sequence[Mapping[str, Any]], sampling: Sampling, images: Any,
            ) -> Iterator[str]:
     """Yield the answer to one conversation piece by piece; a `UserError` for stop texts, which may span pieces."""
@@ -341,7 +341,7 @@ def stream(generator: Generator, conversation: Sequence[Mapping[str, Any]], samp
 
     return stream_text(run, generator.tokenizer)
 
-
+# %% ../../../nbs/inference/engines/00_hf.ipynb #717e89a9
 def classify(model: nn.Module, tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], max_length: int | None,
              batch_size: int, progress: bool) -> list[Classification]:
     """Return the likeliest label and all probabilities of each text, in order."""
