@@ -231,7 +231,7 @@ def test_model_yaml_files_name_what_exists():
     for family in BUILT_INS:
         for file in root.joinpath(family).iterdir():
             values = yaml.safe_load(file.read_text())
-            source = resolve(values["name"], check=False)
+            source = resolve((values.get("model") or values)["name"], check=False)
             assert source.kind in ("built-in", "catalogue", "hub") and source.family in (family, None), file.name
 
 
