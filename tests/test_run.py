@@ -140,8 +140,8 @@ def test_ones_own_files_train_a_classifier_that_learns(in_tmp):
     rows = [{"text": f"{word} number {i}", "label": label} for i in range(40)
             for word, label in (("good great", "positive"), ("bad awful", "negative"))]
     (in_tmp / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    run = train(compose("train_bert", "dataset.path=rows.jsonl", "run.dir=run", "trainer.training_kwargs.max_steps=40",
-                        "trainer.training_kwargs.num_train_epochs=20", *SMALL["train_bert"]))
+    run = train(compose("train_bert", "dataset.path=rows.jsonl", "run.dir=run", "trainer.training_kwargs.num_train_epochs=4",
+                        "trainer.training_kwargs.learning_rate=5e-3", *SMALL["train_bert"]))
     assert run.metrics["accuracy"] > 0.9 > run.results["metric"]["baseline"]
     assert set(run.results["confusion"]["labels"]) == {"positive", "negative"}
 
