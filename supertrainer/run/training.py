@@ -44,6 +44,8 @@ def load_model(cfg: StrictDict, splits: Splits) -> tuple[Any, Any]:
     kwargs = cfg.trainer.model_kwargs
     loader = LOADERS[cfg.family]
     extra: dict[str, Any] = {"labels": list(splits.labels)} if cfg.family == "bert" else {}
+    if not cfg.model.lora and kwargs.dtype == "auto":
+        extra["full_finetuning"] = True  # all weights learn, so they are kept in float32
     model, tokenizer = loader.from_pretrained(
         cfg.model.name, dtype=kwargs.dtype, attn_implementation=kwargs.attn_implementation, device=kwargs.device,
         revision=cfg.model.revision, config=cfg.model.config.to_dict(), texts=training_texts(splits), seed=cfg.seed,
