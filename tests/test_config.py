@@ -44,7 +44,8 @@ def test_every_option_of_the_tree_composes():
 
 
 def test_values_win_over_modes_and_modes_over_experiments():
-    assert compose("train_bert", "mode=toy").trainer.training_kwargs.max_steps == 60
+    assert compose("train_bert", "mode=toy").dataset.limit.train == 600
+    assert compose("train_bert", "mode=toy", "dataset.limit.train=9").dataset.limit.train == 9
     cfg = compose("train_bert", "mode=toy", "trainer.training_kwargs.max_steps=7", "trainer.training_kwargs.num_train_epochs=10")
     assert (cfg.trainer.training_kwargs.max_steps, cfg.trainer.training_kwargs.num_train_epochs) == (7, 10)
 

@@ -100,7 +100,8 @@ def class_context(results: dict[str, Any], family: str | None) -> dict[str, Any]
     drawn = None
     if labels and len(matrix) == len(labels) and all(len(row) == len(labels) for row in matrix):
         drawn = heat_map(*largest_classes(labels, matrix))
-    return {"classes_apply": bool(rows or drawn) or family == "bert", "class_rows": rows, "confusion": drawn,
+    return {"classes_apply": bool(rows or drawn) or family == "bert",
+            "wants_class_rows": family == "bert", "class_rows": rows, "confusion": drawn,
             "mistakes": top_mistakes(labels, matrix) if drawn else [], "classes_left_out": max(0, len(labels) - 25)}
 
 # %% ../../nbs/report/04_page.ipynb #f99d846c

@@ -94,8 +94,9 @@ class Run:
 
 # %% ../../nbs/run/00_folder.ipynb #b3eef0e8
 def _headline(results: dict[str, Any]) -> list[str]:
-    rows = [result_row(results)] if results else []
-    return format_table(rows).splitlines() if rows else ["no results yet"]
+    if not results:
+        return ["no results yet"]
+    return format_table([{key: value for key, value in result_row(results).items() if value is not None}]).splitlines()
 
 
 def result_row(results: dict[str, Any]) -> dict[str, str]:
@@ -103,9 +104,8 @@ def result_row(results: dict[str, Any]) -> dict[str, str]:
     metric = results.get("metric")
     row = {"experiment": f"{results.get('experiment')} ({results.get('mode')})"}
     if metric:
-        row |= {"metric": metric["name"], "reached": f"{metric['value']:.3f}"}
-        if metric.get("before") is not None:
-            row["before"] = f"{metric['before']:.3f}"
+        row |= {"metric": metric["name"].replace("_", " "), "reached": f"{metric['value']:.3f}",
+                "before": None if metric.get("before") is None else f"{metric['before']:.3f}"}
         if metric.get("baseline") is not None:
             row |= {"baseline": f"{metric['baseline']:.3f} ({metric['baseline_name']})"}
     else:

@@ -120,7 +120,7 @@ def look_at_chats(cfg: StrictDict, engine: HFEngine, model: Any, tokenizer: Any,
     """
     after = held_out_loss(cfg, model, tokenizer, held_out)
     baseline = unigram_loss(_trained_ids(train), _trained_ids(held_out), len(tokenizer))
-    results: dict[str, Any] = {"metric": {"name": "held-out loss", "value": after["loss"], "before": before.get("loss"),
+    results: dict[str, Any] = {"metric": {"name": "held_out_loss", "value": after["loss"], "before": before.get("loss"),
                                           "baseline": baseline, "baseline_name": "unigram"}}
     scores: dict[str, Any] = {"held_out_loss": {"value": after["loss"], "baseline": baseline, "before": before.get("loss")},
                               "perplexity": after["perplexity"]}

@@ -11,6 +11,7 @@ import contextlib
 import shlex
 import time
 import traceback
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -155,7 +156,7 @@ def train(cfg: StrictDict, from_run: str | None = None) -> Run:
         splits = load_splits(cfg.family, cfg.dataset.to_dict(), cfg.seed)
         log.info("%s: %d rows to learn from, %d held out", cfg.dataset.name or cfg.dataset.path, len(splits.train),
                  len(splits.eval))
-        checks, warnings = check_repetition(from_run, splits) if from_run else ([], [])
+        checks, notes = check_repetition(from_run, splits) if from_run else ([], [])
         _require_all(checks)
         with no_bars():
             model, tokenizer = load_model(cfg, splits)
@@ -165,7 +166,7 @@ def train(cfg: StrictDict, from_run: str | None = None) -> Run:
             run.checks.add(*checks, *prepared.checks)
             _require_all(prepared.checks)
             results = _learn(run, model, tokenizer, prepared, splits, clock)
-    results["warnings"] = [*warnings, *prepared.warnings, *partial_epoch(cfg, splits)]
+    results["warnings"] = [*notes, *prepared.warnings, *partial_epoch(cfg, splits)]
     results["seconds"]["total"] = time.perf_counter() - clock["start"]
     results["peak_memory_mb"] = whole.peak_total_mb
     run.results, run.model, run.tokenizer = results, model, tokenizer
@@ -208,7 +209,8 @@ def save(run: Run, model: Any, tokenizer: Any, prepared: recipes.Prepared, split
     """Save the finished model into `model/`, reload it in a fresh process and compare."""
     cfg = run.cfg
     limit = {} if cfg.export.max_logit_error is None else {"max_logit_error": cfg.export.max_logit_error}
-    with no_bars(), quiet("transformers"):
+    with no_bars(), quiet("transformers"), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # PEFT reads a property that transformers renamed
         return save_model(model, tokenizer, run.dir / "model", family=cfg.family,
                           labels=list(splits.labels) if splits.labels else None,
                           rows=recipes.verification_rows(cfg, splits, prepared), **limit)
