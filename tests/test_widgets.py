@@ -64,13 +64,13 @@ def test_changes_reach_cfg_command_and_python():
 
 
 def test_what_equals_the_default_is_no_override():
-    picker = ConfigPicker("train_bert", "mode=toy")
+    picker = ConfigPicker("train_bert", "mode=sanity_check")
     steps = picker.cfg.trainer.training_kwargs.max_steps
     fill(picker, seed="42", max_steps=str(steps))  # what the mode says already
     picker.controls.further.value = "trainer.freeze=[]"
-    assert picker.overrides == ["mode=toy"] and picker.problems == ()
+    assert picker.overrides == ["mode=sanity_check"] and picker.problems == ()
     fill(picker, max_steps="-1")  # what the experiment says, but not the mode
-    assert picker.overrides == ["mode=toy", f"{STEPS}=-1"] and picker.cfg.trainer.training_kwargs.max_steps == -1
+    assert picker.overrides == ["mode=sanity_check", f"{STEPS}=-1"] and picker.cfg.trainer.training_kwargs.max_steps == -1
 
 
 def test_a_default_that_hides_behind_another_override_stays():
