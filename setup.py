@@ -25,7 +25,7 @@ setup(
     keywords=meta["keywords"],
     python_requires=f">={meta['min_python']}",
     packages=find_packages(include=["supertrainer", "supertrainer.*"]),
-    package_data={"supertrainer": ["configs/**/*.yaml", "**/*.j2", "**/*.css"]},
+    package_data={"supertrainer": ["configs/**/*.yaml", "**/*.j2", "chat/templates/*.jinja", "chat/templates/*.yaml", "**/*.css"]},
     install_requires=meta["requirements"].strip().splitlines(),
     extras_require=extras,
     entry_points={"console_scripts": meta["console_scripts"].strip().splitlines()},
