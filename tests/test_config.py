@@ -92,7 +92,7 @@ def test_one_override_takes_another_model_or_other_data():
     (["train_bert", "trainer.training_kwargs.learning_rate=-1"], "must be a number greater than 0, but is -1"),
     (["train_bert", "trainer.training_kwargs.eval_strategy=epochs"], "Did you mean 'epoch'?"),
     (["train_bert", "trainer.training_kwargs.output_dir=x"], "set run.dir instead"),
-    (["train_bert", "trainer.training_kwargs.packing=true"], "not used here"),
+    (["train_bert", "trainer.training_kwargs.packing=true"], "set dataset.batching=packed instead"),
     (["train_bert", "datset.max_length=3"], "datset: no such key. Did you mean 'dataset'?"),
     (["train_bert", "dataset.max_lenth=3"], "dataset.max_lenth: no such key. Did you mean 'max_length'?"),
     (["train_bert", "dataset.max_length=long"], "dataset.max_length: must be a whole number"),

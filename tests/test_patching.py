@@ -26,7 +26,15 @@ from transformers import (
 from transformers.models.idefics3 import Idefics3Config, Idefics3ForConditionalGeneration
 
 from supertrainer import patching
-from supertrainer.patching import masked_loss, patches, plain_model, project_loss_rows, prove_masked_loss, row_losses
+from supertrainer.patching import (
+    masked_loss,
+    own_loss,
+    patches,
+    plain_model,
+    project_loss_rows,
+    prove_masked_loss,
+    row_losses,
+)
 
 SHAPE = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -106,6 +114,37 @@ def test_shifted_labels_are_not_shifted_again():
     shifted = {**batch, "shift_labels": patching.next_labels(batch["labels"])}
     shifted["labels"] = torch.zeros_like(batch["labels"])
     torch.testing.assert_close(masked_loss(model, shifted), masked_loss(model, batch))
+
+
+@pytest.mark.parametrize("num_items", [None, 37])
+def test_loss_weights_multiply_each_token(num_items):
+    model, batch = llama(), batch_of()
+    weights = torch.rand(batch["labels"].shape, generator=torch.Generator().manual_seed(3)) * 2
+    copy = llama().double()
+    logits = copy(input_ids=batch["input_ids"], attention_mask=batch.get("attention_mask")).logits
+    targets = batch["labels"][:, 1:]
+    terms = [weights[i, j + 1].double() * -torch.log_softmax(logits[i, j], -1)[targets[i, j]]
+             for i in range(targets.shape[0]) for j in range(targets.shape[1]) if targets[i, j] != -100]
+    wanted = torch.stack(terms).sum() / (num_items or len(terms))
+    weighted = {**batch, "loss_weights": weights}
+    for loss_of in (masked_loss, own_loss):
+        torch.testing.assert_close(loss_of(model, weighted, num_items).double(), wanted, rtol=1e-5, atol=1e-6)
+    assert all(check.passed for check in prove_masked_loss(model, weighted))
+    halved = {**batch, "loss_weights": torch.full(batch["labels"].shape, 0.5)}
+    torch.testing.assert_close(masked_loss(model, halved), masked_loss(model, batch) / 2)
+
+
+def test_an_encoder_decoders_labels_are_not_shifted():
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=40, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                                   decoder_start_token_id=0, pad_token_id=0)
+    model = transformers.T5ForConditionalGeneration(config).eval()
+    labels = torch.tensor([[5, 6, 7, 1], [8, 1, -100, -100]])
+    batch = {"input_ids": torch.tensor([[3, 4, 1], [9, 1, 0]]), "attention_mask": torch.tensor([[1, 1, 1], [1, 1, 0]]),
+             "labels": labels}
+    plain = model(**batch).loss
+    torch.testing.assert_close(masked_loss(model, batch), plain)
+    torch.testing.assert_close(masked_loss(model, batch, 12), plain * 6 / 12)  # six labels, the first ones included
 
 
 def test_mixture_of_experts_adds_its_balance_loss():

@@ -23,7 +23,7 @@ from .catalogue import catalogue, get_entry
 from .families import Family, family_of_config, get_family, package_models
 from .gguf import load_gguf, quiet_loading
 from .info import ModelInfo, attach, count_parameters
-from .padding import ensure_pad, get_tokenizer
+from .padding import ensure_pad, ensure_stops, get_tokenizer
 from .request import Request, bitsandbytes_config, check_request, choose
 from .sources import Source, resolve
 from ..runtime import Decision, UserError, get_logger, human_seconds
@@ -111,7 +111,8 @@ def load_pretrained(request: Request, family: Family, place: str, *, dtype: torc
             torch.manual_seed(request.seed)  # a new head is drawn from the seed
             model, report = family.model_class().from_pretrained(
                 place, output_loading_info=True, trust_remote_code=False, **options, **hub_options(request))
-            processor = family.processor_class().from_pretrained(place, trust_remote_code=False, **hub_options(request))
+            processor = request.processor or family.processor_class().from_pretrained(
+                place, trust_remote_code=False, **hub_options(request))
     except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
         raise say_why(request, place, error) from None
     new = sorted({*report["missing_keys"], *(entry[0] for entry in report["mismatched_keys"])})
@@ -133,7 +134,7 @@ def build(request: Request, family: Family, *, dtype: torch.dtype, attention: st
     if asked and asked > positions:
         text["max_position_embeddings"] = asked
         decisions.append(Decision("positions", str(asked), f"max_seq_length is longer than the recipe's {positions}"))
-    processor = make_processor(values, request.texts, request.model_name)
+    processor = request.processor or make_processor(values, request.texts, request.model_name)
     extra = label_config(request) if family.task_type == "SEQ_CLS" else {}
     config = make_config(values, get_tokenizer(processor), **extra)
     model = make_model(family.name, config, seed=request.seed, dtype=dtype, attn_implementation=attention)
@@ -176,7 +177,7 @@ def load_weights(request: Request, source: Source, family: Family, decisions: li
     elif source.is_gguf and family.name == "llm":
         key = get_entry(source.name).sha256[source.path.name] if source.kind == "catalogue" else None
         model, tokenizer, how = load_gguf(source.path, dtype=dtype, attn_implementation=attention, cache_key=key)
-        loaded = Loaded(model, tokenizer, [], [how])
+        loaded = Loaded(model, request.processor or tokenizer, [], [how])
     elif source.is_gguf:
         raise UserError(f"{source.name} is a GGUF file, which holds a language model: load it with FastLLM.")
     else:
@@ -251,6 +252,9 @@ def load(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | P
         loaded.model.name_or_path = loaded.model.config._name_or_path = request.model_name
     found.max_seq_length = set_length(request, loaded, source)
     found.decide(ensure_pad(loaded.model, get_tokenizer(loaded.processor)))
+    stops = ensure_stops(loaded.model, get_tokenizer(loaded.processor)) if family.task_type == "CAUSAL_LM" else None
+    if stops is not None:
+        found.decide(stops)
     get_tokenizer(loaded.processor).padding_side = family.padding_side["train"]
     quantised = getattr(loaded.model, "quantization_method", None) is not None
     if quantised:
@@ -259,9 +263,9 @@ def load(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | P
         if keep_layout(loaded.model):
             found.decide(Decision("4-bit layout", "as loaded", "bitsandbytes reorders it on this CPU at the first forward "
                                   "without gradients; gradients after that are wrong"))
-    if request.texts is not None and source.kind != "built-in":
+    if request.texts is not None and request.processor is None and source.kind != "built-in":
         found.decide(Decision("tokenizer", "its own", f"{source.name} brings one; texts= was not needed"))
-    found.reload = {"request": replace(request, family=family.name, texts=None, token=None),
+    found.reload = {"request": replace(request, family=family.name, texts=None, token=None, processor=None),
                     "quantised": quantised, "new_weights": loaded.new_weights}
     model = loaded.model if quantised else loaded.model.to(found.decision("device").value)
     total, _, _ = count_parameters(model)

@@ -41,6 +41,7 @@ class Request:
     token: str | None = None
     seed: int = 42
     hub: Mapping[str, Any] = field(default_factory=dict)
+    processor: Any = None
 
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")

@@ -44,7 +44,8 @@ OWNED_SFT = {
     **dict.fromkeys(("dataset_kwargs", "dataset_text_field", "dataset_num_proc", "eos_token", "pad_token", "max_length",
                      "truncation_mode", "shuffle_dataset", "chat_template_path", "completion_only_loss",
                      "assistant_only_loss", "pad_to_multiple_of"), _PREPARED),
-    **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"), "batches are padded, not packed"),
+    **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"),
+                    "the collator decides (dataset.batching)"),
     "model_init_kwargs": "the model is loaded already", "trust_remote_code": "remote code is never run",
     "loss_type": "the loss is the next-token cross-entropy", "label_smoothing_factor": "the loss is not smoothed",
     "use_liger_kernel": "supertrainer.patching does this", "prediction_loss_only": "evaluation computes the loss only",
@@ -300,7 +301,7 @@ class HouseRules(MeasuredSteps):
 # %% ../../nbs/trainers/01_base.ipynb #4d080bb7
 def length_grouping(train_dataset: Any) -> dict[str, Any]:
     """Return the arguments that batch rows of like length, if the rows have tokens or a `length` column."""
-    columns = set(getattr(train_dataset, "column_names", None) or ())
+    columns = set(getattr(train_dataset, "column_names", None) or ()) if hasattr(train_dataset, "__len__") else set()
     return {"train_sampling_strategy": "group_by_length"} if columns & {"length", "input_ids"} else {}
 
 # %% ../../nbs/trainers/01_base.ipynb #db33bb84
@@ -335,8 +336,11 @@ def _arguments(chosen: type, model: nn.Module, train_dataset: Any, output_dir: s
 
 
 def _check_data(args: TrainingArguments, train_dataset: Any, eval_dataset: Any) -> None:
-    if train_dataset is None or not len(train_dataset):
+    stream = train_dataset is not None and not hasattr(train_dataset, "__len__")
+    if train_dataset is None or not (stream or len(train_dataset)):
         raise UserError("There is no row to train on.")
+    if stream and args.max_steps < 1:
+        raise UserError("training_kwargs.max_steps is needed with streamed rows, whose number is not known.")
     if args.eval_strategy != "no" and not (eval_dataset is not None and len(eval_dataset)):
         raise UserError(f"training_kwargs.eval_strategy={args.eval_strategy.value} needs held-out rows, and there are "
                         "none: set dataset.eval_path or dataset.eval_fraction, or eval_strategy=no.")

@@ -6,6 +6,7 @@
 __all__ = ['proof_rows', 'TokenMeanEvaluation', 'ChatTrainer']
 
 # %% ../../nbs/trainers/03_llm.ipynb #fbcec0df
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ..patching import masked_loss, next_labels, prove_masked_loss
+from ..patching import masked_loss, next_labels, plain_model, prove_masked_loss
 from ..runtime import get_logger
 from .base import OWNED, OWNED_SFT, HouseRules, length_grouping
 
@@ -22,13 +23,17 @@ def proof_rows(dataset: Any, collate: Any, rows: int = 2, tries: int = 20) -> di
     """Return the first small batch in which a token carries loss, or `None`.
 
     Args:
-        dataset: rows for `collate`.
+        dataset: rows for `collate`; a stream is read from its beginning.
         collate: rows to a batch with `labels`.
         rows: rows of a batch.
         tries: batches to look at.
     """
-    for start in range(0, min(len(dataset), rows * tries), rows):
-        batch = collate([dataset[index] for index in range(start, min(start + rows, len(dataset)))])
+    first = iter(dataset) if not hasattr(dataset, "__getitem__") else (dataset[i] for i in range(len(dataset)))
+    for _ in range(tries):
+        part = list(itertools.islice(first, rows))
+        if not part:
+            return None
+        batch = collate(part)
         if (next_labels(batch["labels"]) != -100).any():
             return dict(batch)
     return None
@@ -44,7 +49,8 @@ class TokenMeanEvaluation:
         inputs = self._prepare_inputs(inputs)
         with torch.no_grad(), self.compute_loss_context_manager():
             loss = self.compute_loss(model, inputs).detach()
-        count = (next_labels(inputs["labels"]) != -100).sum()
+        labels = next_labels(inputs["labels"]) if self._loss_shifts_labels else inputs["labels"]
+        count = (labels != -100).sum()
         if self._evaluated is not None:
             self._evaluated = self._evaluated + torch.stack([loss.double() * count, count.double()])
         return loss, None, None
@@ -77,7 +83,7 @@ class ChatTrainer(TokenMeanEvaluation, HouseRules, SFTTrainer):
         self.model_state.restore_forward()  # TRL's fused head
         self.prove = True
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of all accumulated batches
-        self._loss_shifts_labels = True
+        self._loss_shifts_labels = not getattr(plain_model(model).config, "is_encoder_decoder", False)
 
     @classmethod
     def house_arguments(cls, train_dataset: Any) -> dict[str, Any]:
@@ -101,7 +107,7 @@ class ChatTrainer(TokenMeanEvaluation, HouseRules, SFTTrainer):
         if not return_outputs:
             return loss
         with torch.no_grad():
-            return loss, model(**{key: value for key, value in inputs.items() if key != "labels"})
+            return loss, model(**{key: value for key, value in inputs.items() if key not in ("labels", "loss_weights")})
 
 
 def _model_inputs(batch: Mapping[str, Any]) -> dict[str, Any]:
