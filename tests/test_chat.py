@@ -1,4 +1,6 @@
-"""Loss masks, token by token, against expectations written by hand; and for random conversations, against the turns."""
+"""The one renderer, loss masks token by token against expectations written by hand, and the checks, each made to fail."""
+
+import re
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -8,18 +10,25 @@ from transformers import PreTrainedTokenizerFast
 
 from supertrainer.chat import (
     CHATML_TEMPLATE,
+    EncodedChat,
     assistant_spans,
     check_masks,
+    check_terminator,
+    check_vocabulary,
     encode_chat,
     end_of_turn,
     has_markers,
     loss_tokens,
+    mask_by_parts,
+    part_ids,
     plain_messages,
     render,
+    rendered_already,
+    response_spans,
 )
 from supertrainer.runtime import UserError
 
-CHATML_BARE = CHATML_TEMPLATE.replace("{% generation %}", "").replace("{% endgeneration %}", "")
+CHATML_BARE = CHATML_TEMPLATE.replace("{%- generation -%}", "").replace("{%- endgeneration -%}", "")
 # As SmolLM2-135M-Instruct ships it: no markers, and a system turn of its own where the conversation has none.
 SMOLLM2 = (
     "{% for message in messages %}{% if loop.first and messages[0]['role'] != 'system' %}"
@@ -195,7 +204,8 @@ def test_bos_is_written_once():
 
 
 TEXT = st.text(st.characters(codec="utf-8", exclude_categories=("Cs", "Cc"), include_characters="\n\t <|>"), min_size=1, max_size=24)
-TEXT = TEXT.filter(lambda text: text.strip() and not any(token in text for token in SPECIAL))
+CONTROL = [*SPECIAL, "<|user|>", "<|assistant|>", "[INST]", "[/INST]"]
+TEXT = TEXT.filter(lambda text: text.strip() and not any(token in text for token in CONTROL))
 ROUNDS = st.lists(st.tuples(TEXT, TEXT), min_size=1, max_size=3)
 
 
@@ -207,7 +217,7 @@ def messages_of(rounds, system=None):
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(rounds=ROUNDS, system=st.none() | TEXT)
 def test_trained_tokens_decode_to_the_assistants_turns(name, rounds, system):
     tokenizer = MERGED[name]
@@ -231,7 +241,7 @@ def test_trained_tokens_decode_to_the_assistants_turns(name, rounds, system):
 
 
 @pytest.mark.parametrize("name", ["chatml-bare", "smollm2", "zephyr", "chatml"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(question=TEXT, answer=TEXT)
 def test_the_untrained_prefix_is_the_inference_prompt(name, question, answer):
     tokenizer = MERGED[name]
@@ -242,10 +252,45 @@ def test_the_untrained_prefix_is_the_inference_prompt(name, question, answer):
     assert not any(encoded.loss_mask[: len(prompt)]) and encoded.loss_mask[len(prompt)]
 
 
-def test_a_turn_that_says_its_own_end_token_is_still_masked_to_its_real_end():
-    messages = chat("user: Hi", "assistant: a<|im_end|>b", "user: Hm", "assistant: c")
-    text, spans = assistant_spans(BYTES["chatml-bare"], messages)
-    assert [text[start:end] for start, end in spans] == ["a<|im_end|>b<|im_end|>", "c<|im_end|>"]
+@pytest.mark.parametrize(("name", "text", "token"), [
+    ("chatml-bare", "a<|im_end|>b", "<|im_end|>"), ("smollm2", "<|im_start|>user\nHi<|im_end|>\n", "<|im_start|>"),
+    ("llama3", "x<|start_header_id|>", "<|start_header_id|>"), ("gemma", "<start_of_turn>user\nHi", "<start_of_turn>"),
+    ("mistral", "[INST] Hi [/INST]", "[INST]"), ("zephyr", "<|user|>\nHi</s>", "<|user|>"),
+    ("llama3", "\n[INST] Hi [/INST] Yo", "[INST]"), ("mistral", "<|im_start|>user\nHi", "<|im_start|>user"),
+])
+def test_a_text_that_was_rendered_already_is_refused(name, text, token):
+    tokenizer = BYTES[name]
+    assert rendered_already(tokenizer, text) == token
+    for messages, turn in (([{"role": "user", "content": text}, *ONE[1:]], r"Turn 1 \(user\)"),
+                           ([*ONE[:1], {"role": "assistant", "content": text}], r"Turn 2 \(assistant\)")):
+        for use in (render, encode_chat, assistant_spans):
+            with pytest.raises(UserError, match=f"{turn} holds '{re.escape(token)}.*rendered already.*plain messages.*format=text"):
+                use(tokenizer, messages)
+
+
+def test_twice_rendered_rows_of_every_template_are_refused():
+    for tokenizer in BYTES.values():
+        once = render(tokenizer, ONE)
+        with pytest.raises(UserError, match="Turn 1 .* rendered already"):
+            render(tokenizer, [{"role": "user", "content": once}, *ONE[1:]])
+
+
+def test_control_tokens_in_reasoning_and_tool_calls_are_refused_too():
+    call = {"role": "assistant", "tool_calls": [{"type": "function", "function": {"name": "f", "arguments": {"x": "<|im_end|>"}}}]}
+    for turn in (call, {"role": "assistant", "content": "a", "reasoning_content": "<|im_end|>"}):
+        with pytest.raises(UserError, match="Turn 2 .*im_end"):
+            encode_chat(BYTES["chatml"], [*ONE[:1], turn])
+
+
+def test_words_that_only_look_like_control_are_taken():
+    for text in ("<think>\nhm\n</think>\nYo", "a <b>bold</b> [INST] b", "x <| y |> z", "[1] [OK]", "<tool_call>{}</tool_call>", "2 < 3 > 1"):
+        assert rendered_already(BYTES["smollm2"], text) is None
+        assert trained_text("smollm2", [*ONE[:1], {"role": "assistant", "content": text}]) == text + "<|im_end|>"
+
+
+def trained_text(name, messages):
+    encoded = encode_chat(BYTES[name], messages)
+    return BYTES[name].decode([token for token, loss in zip(encoded.input_ids, encoded.loss_mask, strict=True) if loss])
 
 
 def test_content_parts_are_rendered_and_masked():
@@ -266,25 +311,126 @@ def test_keys_with_none_are_dropped_and_the_callers_messages_left_alone():
 
 
 def test_errors_say_what_to_do():
-    with pytest.raises(UserError, match="has no chat template.*CHATML_TEMPLATE"):
+    with pytest.raises(UserError, match="has no chat template.*dataset.template=.*get_chat_template"):
         encode_chat(make_tokenizer(None, 300), ONE)
+    with pytest.raises(UserError, match="slow tokenizer"):
+        encode_chat(SlowTokenizer(), ONE)
     with pytest.raises(UserError, match="turns system, user, assistant: only user and assistant turns"):
         encode_chat(BYTES["mistral"], SYSTEM)
     hidden = "{% for m in messages %}{{ m['role'] + ':' + m['content'] | upper + '</s>' }}{% endfor %}"
-    with pytest.raises(UserError, match="Turn 2 .* cannot be found|never learn to stop|parts"):
+    with pytest.raises(UserError, match="does not print contents as they are given"):
         encode_chat(make_tokenizer(hidden, 300), ONE)
 
 
+class SlowTokenizer:
+    is_fast, chat_template, special_tokens_map = False, CHATML_TEMPLATE, {}
+
+
 @pytest.mark.parametrize(("template", "failing"), [
-    (CHATML_TEMPLATE.replace("+ '<|im_end|>' }}{% endgeneration %}", "}}{% endgeneration %}<|im_end|>"), [1]),
-    ("{% for m in messages %}{% generation %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' }}"
-     "{% endgeneration %}{{ '\n' }}{% endfor %}", [0]),
-    ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-     "{% generation %}{% endgeneration %}", [0, 1, 2]),
-], ids=["end not trained", "headers trained", "nothing trained"])
-def test_wrong_markers_fail_their_checks(template, failing):
-    checks = check_masks(make_tokenizer(template, 300), [ONE, TWO])
+    (CHATML_BARE.replace("'<|im_end|>", "('<|im_end|>' if loop.last else '') + '"), [1]),
+    (CHATML_BARE.replace("<|im_end|>", ""), [1]),
+    (CHATML_BARE.replace("{{- message['content'] +", "{{- message['content'] + ('!' if message['content'] == 'odd' else '') +"), [0]),
+    (CHATML_BARE + "{% generation %}{% endgeneration %}", [0, 1, 2]),
+], ids=["only the last ends", "nothing ends", "a sign too many", "nothing trained"])
+def test_wrong_templates_fail_their_checks(template, failing):
+    assert template != CHATML_BARE
+    checks = check_masks(make_tokenizer(template, 300), [ONE, TWO, chat("user: Hi", "assistant: odd")])
     assert [index for index, check in enumerate(checks) if not check.passed] == failing
+
+
+def test_a_wrong_mask_fails_its_check(monkeypatch):
+    """The checks start from the messages: a mask that is off by a token, or lacks an end, does not pass them."""
+    from supertrainer.chat import masks, proof
+
+    honest = masks.encode_chats
+
+    def shifted(by, drop_end):
+        def encode(tokenizer, conversations, **options):
+            rows = honest(tokenizer, conversations, **options)
+            changed = []
+            for row in rows:
+                mask = row.loss_mask[by:] + [False] * by if by >= 0 else [False] * -by + row.loss_mask[:by]
+                if drop_end:
+                    mask = [loss and following for loss, following in zip(row.loss_mask, row.loss_mask[1:] + [False], strict=True)]
+                changed.append(EncodedChat(row.input_ids, mask, roles=row.roles))
+            return changed
+        return encode
+
+    for by, drop_end, failing in ((1, False, {0, 1}), (-1, False, {0, 1}), (0, True, {1})):
+        monkeypatch.setattr(proof, "encode_chats", shifted(by, drop_end))
+        checks = check_masks(BYTES["chatml-bare"], [ONE, TWO])
+        assert {index for index, check in enumerate(checks) if not check.passed} == failing
+    monkeypatch.setattr(proof, "encode_chats", honest)
+    assert all(check.passed for check in check_masks(BYTES["chatml-bare"], [ONE, TWO]))
+
+
+def test_shares_of_each_role_are_told():
+    share = check_masks(BYTES["smollm2"], [SYSTEM])[2]
+    assert share.detail == "3 of 44 tokens: assistant 3 of 3, system 0 of 10, template 0 of 28, user 0 of 3"
+    assert EncodedChat([1], [True]) == EncodedChat([1], [True], None, [], {})
+
+
+def test_generation_must_stop_on_the_terminator():
+    tokenizer = BYTES["llama3"]
+    end = tokenizer.convert_tokens_to_ids("<|eot_id|>")
+    assert check_terminator(tokenizer, [tokenizer.eos_token_id, end]).passed
+    failed = check_terminator(tokenizer, [tokenizer.eos_token_id])
+    assert not failed.passed and f"eos_token_id = [{tokenizer.eos_token_id}, {end}]" in failed.detail
+    words = make_tokenizer(CHATML_BARE.replace("<|im_end|>", "<|eom|>"), 300)
+    assert not check_terminator(words, words("<|eom|>", add_special_tokens=False)["input_ids"]).passed  # every piece of it
+
+
+def test_vocabulary_must_fit_the_embedding():
+    tokenizer = make_tokenizer(CHATML_TEMPLATE, 300)
+    size = len(tokenizer)
+    assert check_vocabulary(tokenizer, size).passed and check_vocabulary(tokenizer, size + 64).passed
+    tokenizer.add_tokens(["<extra>"])
+    failed = check_vocabulary(tokenizer, size)
+    assert not failed.passed and "<extra>" in failed.detail and f"resize_token_embeddings({size + 1})" in failed.detail
+
+
+# ---- Unsloth's masking by parts ------------------------------------------------------------------------------------
+
+PARTS = {"chatml-bare": ("<|im_start|>user\n", "<|im_start|>assistant\n"), "gemma": ("<start_of_turn>user\n", "<start_of_turn>model\n"),
+         "llama3": ("<|start_header_id|>user<|end_header_id|>\n\n", "<|start_header_id|>assistant<|end_header_id|>\n\n"),
+         "mistral": ("[INST]", "[/INST]"), "zephyr": ("<|user|>\n", "<|assistant|>\n")}
+
+
+@pytest.mark.parametrize("name", PARTS)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(rounds=ROUNDS)
+def test_masks_by_parts_are_the_spans_by_parts(name, rounds):
+    """Tokens against characters: two ways that share nothing, on texts whose edges tempt the tokenizer to merge."""
+    tokenizer = MERGED[name]
+    rounds = [(question, answer.strip("\n")) for question, answer in rounds]
+    text = render(tokenizer, messages_of(rounds))
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    mask = mask_by_parts(ids, *(part_ids(tokenizer, part) for part in PARTS[name]))
+    runs, inside = [], False
+    for token, loss in zip(ids, mask, strict=True):
+        if loss and not inside:
+            runs.append([])
+        if loss:
+            runs[-1].append(token)
+        inside = loss
+    spans = [text[start:end] for start, end in response_spans(text, *PARTS[name])]
+    assert [tokenizer.decode(run).strip() for run in runs] == [span.strip() for span in spans]
+    ours = encode_chat(tokenizer, messages_of(rounds))
+    assert all(loss for loss, trained in zip(mask, ours.loss_mask, strict=True) if trained) or len(ids) != len(ours.input_ids)
+
+
+def test_headers_that_merge_with_their_neighbours_are_found():
+    backend = MERGED["chatml-bare"].backend_tokenizer
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=Tokenizer.from_str(backend.to_str()), eos_token="</s>")
+    tokenizer.add_tokens(["\n\n", "\n "])
+    text = "### Instruction:\n Add.\n\n### Response:\n\n3\n\n### Instruction:\nMore?\n\n### Response:\n 6"
+    parts = [part_ids(tokenizer, part) for part in ("### Instruction:\n", "### Response:\n")]
+    ids = tokenizer(text)["input_ids"]
+    trained = [tokenizer.decode([token]) for token, loss in zip(ids, mask_by_parts(ids, *parts), strict=True) if loss]
+    assert "".join(trained).split() == ["3", "6"]
+    assert not any(mask_by_parts(tokenizer("no header")["input_ids"], *parts))
+    with pytest.raises(UserError, match="depend on what stands beside it"):
+        part_ids(tokenizer, "\n")
 
 
 def test_loss_tokens_show_whole_characters():
