@@ -1,4 +1,4 @@
-"""Reading, checking, splitting and collating rows; every kind of bad input with its file, row and fix."""
+"""From a configuration to the rows of a run: built-in sets, checking, splitting, copies, mixing, limits, and what is wrong."""
 
 import json
 import os
@@ -12,12 +12,10 @@ import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
-import torch
 import yaml
 from PIL import Image
 
-from supertrainer.chat import CHATML_TEMPLATE, check_masks, render
-from supertrainer.data import bert, llm, mllm
+from supertrainer.data import mllm
 from supertrainer.data.base import load_splits, training_texts
 from supertrainer.data.rows import same_text
 from supertrainer.registry import names, register
@@ -55,7 +53,7 @@ def load(family, path=None, seed=0, **options):
     return load_splits(family, {"path": path, "eval_fraction": 0.2, **options}, seed)
 
 
-def fails(family, path, **options):
+def fails(family, path=None, **options):
     before = sorted(Path().rglob("*"))
     with pytest.raises(UserError) as error:
         load(family, path, **options)
@@ -94,7 +92,7 @@ def test_digits_are_stratified_and_at_least_300_are_held_out():
     assert splits.facts["rows"] == {"train": 1437, "eval": 360}
     assert max(splits.facts["labels"]["eval"].values()) - min(splits.facts["labels"]["eval"].values()) <= 2
     row = splits.eval[0]
-    assert row["image"].size == (16, 16) and row["image"].mode == "RGB"
+    assert splits.columns["image"] == "images" and [image.size for image in row["images"]] == [(16, 16)]
     assert mllm.prompts(row)[0][0]["content"] == [{"type": "image"}, {"type": "text", "text": "Which?"}]
     assert mllm.prompts(row)[1] in "0123456789"
 
@@ -172,10 +170,9 @@ def images(folder, names):
 
 def test_image_folder_with_a_class_per_subfolder():
     folder = images("pets", [f"{kind}/{n}.png" for kind in ("cat", "dog") for n in range(5)])
-    splits = load("mllm", folder, question="Which animal?", columns={"image": "photo"})
-    assert splits.columns == {"image": "photo", "messages": "messages"}
+    splits = load("mllm", folder, question="Which animal?")
     assert splits.facts["labels"]["eval"] == {"cat": 1, "dog": 1} and len(splits.facts["sources"][0]["sha256"]) == 64
-    assert splits.train[0]["photo"].size == (8, 8) and mllm.prompts(splits.train[0])[1] == "cat"
+    assert splits.train[0][splits.columns["image"]][0].size == (8, 8) and mllm.prompts(splits.train[0])[1] == "cat"
 
 
 @pytest.mark.parametrize("table", ["metadata.jsonl", "metadata.csv"])
@@ -191,12 +188,21 @@ def test_image_folder_with_a_table(table):
 
 def test_images_by_relative_path_and_inside_parquet():
     images("data/pics", [f"{n}.png" for n in range(5)])
-    write("data/t.jsonl", [{"image": f"pics/{n}.png", "question": "Q?", "answer": "A"} for n in range(5)])
+    write("data/t.jsonl", [{"image": f"pics/{n}.png", "question": f"Q {n}?", "answer": "A"} for n in range(5)])
     assert load("mllm", "data/t.jsonl").facts["rows"] == {"train": 4, "eval": 1}
     write("data/t.parquet", [{"image": {"bytes": Path(f"data/pics/{n}.png").read_bytes(), "path": None}, "question": "Q?",
                               "answer": "A"} for n in range(5)])
     inside = load("mllm", "data/t.parquet")
-    assert inside.train[0]["image"].getpixel((0, 0))[1:] == (0, 0) and inside.facts["rows"]["eval"] == 1
+    assert inside.train[0]["images"][0].getpixel((0, 0))[1:] == (0, 0) and inside.facts["rows"]["eval"] == 1
+
+
+def test_relative_images_of_files_in_several_folders_are_looked_up_beside_each():
+    for number, folder in enumerate(("a", "b")):
+        images(f"{folder}/pics", ["1.png"] if folder == "a" else ["0.png", "1.png"])
+        write(f"{folder}/t.jsonl", [{"image": "pics/1.png", "question": f"{folder} {n}?", "answer": str(number)} for n in range(5)])
+    splits = load("mllm", ["a/t.jsonl", "b/t.jsonl"])
+    shades = {(mllm.prompts(row)[1], row["images"][0].getpixel((0, 0))[0]) for row in [*splits.train, *splits.eval]}
+    assert shades == {("0", 0), ("1", 1)}
 
 
 def test_hub_id_with_class_names_and_a_held_out_split():
@@ -227,7 +233,7 @@ def test_group_by_keeps_a_document_on_one_side():
     splits = load("bert", write("t.jsonl", TEXTS), group_by="doc")
     docs = [{int(text.split()[-1]) // 4 for text in part["text"]} for part in (splits.train, splits.eval)]
     assert not docs[0] & docs[1] and 4 <= len(splits.eval) <= 8
-    assert "no such column" in fails("bert", "t.jsonl", group_by="dcc")[0]
+    assert "no such column" in fails("bert", "t.jsonl", group_by="dcc")[0] and "'doc'" in fails("bert", "t.jsonl", group_by="dcc")[0]
 
 
 def test_rows_that_also_stand_in_the_held_out_file_leave_training():
@@ -237,7 +243,7 @@ def test_rows_that_also_stand_in_the_held_out_file_leave_training():
     assert splits.facts["duplicates_removed"] == 1 and splits.facts["rows"] == {"train": 39, "eval": 2}
     assert "text number 3" not in splits.train["text"]
     assert [source["path"] for source in splits.facts["sources"]] == ["train.jsonl", "eval.jsonl"]
-    assert "every training row also stands" in fails("bert", "train.jsonl", eval_path="train.jsonl")[0]
+    assert "every training row, or its group, also stands in the held-out or test part" in fails("bert", "train.jsonl", eval_path="train.jsonl")[0]
 
 
 def test_copies_within_one_file_do_not_cross_the_split():
@@ -261,80 +267,220 @@ def test_training_texts_hold_no_held_out_text():
     assert not {turn["content"] for row in splits.eval["messages"] for turn in row} & set(training_texts(splits))
 
 
+# ---------------------------------------------------------------- three parts, and no leak between them
+
+def part_texts(splits):
+    parts = {"train": splits.train, "eval": splits.eval, **({"test": splits.test} if splits.test is not None else {})}
+    return {name: [same_text(text) for text in part["text"]] for name, part in parts.items()}
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("group", [None, "doc"])
+@pytest.mark.parametrize("ways", ["fractions", "eval apart", "test apart", "both apart"])
+def test_no_text_and_no_group_is_in_two_parts(seed, group, ways):
+    rows = [{"text": f"text {n % 70}" + " " * (n // 70), "label": "even" if n % 2 else "odd", "doc": (n % 70) // 5} for n in range(100)]
+    extra = [{"text": f"text {n}", "label": "odd", "doc": n // 5} for n in (3, 60, 200, 205)]
+    options = {"eval_fraction": 0.2, "test_fraction": 0.1, "group_by": group}
+    if ways in ("eval apart", "both apart"):
+        options |= {"eval_path": write("e.jsonl", extra[:3])}
+    if ways in ("test apart", "both apart"):
+        options |= {"test_fraction": 0, "test_path": write("s.jsonl", extra[1:])}
+    splits = load("bert", write("t.jsonl", rows), seed=seed, **options)
+    parts = part_texts(splits)
+    assert set(parts) == {"train", "eval", "test"} and all(parts.values())
+    assert not set(parts["train"]) & set(parts["eval"]) | set(parts["train"]) & set(parts["test"]) | set(parts["eval"]) & set(parts["test"])
+    if group:
+        owner = {same_text(row["text"]): row["doc"] for row in [*rows, *extra]}
+        docs = [{owner[text] for text in part} for part in parts.values()]
+        assert not docs[0] & docs[1] | docs[0] & docs[2] | docs[1] & docs[2]
+    whole = 100 + 3 * ("eval_path" in options) + 3 * ("test_path" in options)
+    lost = sum(splits.facts[key] for key in ("duplicates_removed", "duplicates_removed_from_eval", "groups_removed"))
+    assert sum(splits.facts["rows"].values()) + lost == whole, "every row is in one part or counted"
+    if ways == "both apart":
+        assert parts["test"] == ["text 60", "text 200", "text 205"] and parts["eval"] == ["text 3"]
+
+
+def test_a_test_part_does_not_change_which_rows_are_asked_for_without_it():
+    write("t.jsonl", TEXTS)
+    assert load("bert", "t.jsonl").test is None and "test" not in load("bert", "t.jsonl").facts["rows"]
+    three = load("bert", "t.jsonl", test_fraction=0.1)
+    assert three.facts["rows"] == {"train": 28, "eval": 8, "test": 4} and Counter(three.test["label"]) == {0: 2, 1: 2}
+    assert set(three.facts["fingerprint"]) == {"train", "eval", "test"}
+    assert load("bert", "t.jsonl", test_fraction=0.1, limit={"test": 2}).facts["rows"]["test"] == 2
+
+
+def test_copies_are_counted_and_said():
+    write("t.jsonl", [*TEXTS, *TEXTS[:5]])
+    splits = load("bert", "t.jsonl", eval_path=write("e.jsonl", TEXTS[:3]), test_path=write("s.jsonl", TEXTS[2:4]))
+    facts = splits.facts
+    assert facts["duplicates_removed"] == 8 and facts["duplicates_removed_from_eval"] == 1 and facts["duplicates_in_train"] == 1
+    assert facts["rows"] == {"train": 37, "eval": 2, "test": 2}
+    said = " ".join(splits.warnings)
+    assert "also stand in the held-out or the test part: 8." in said and "also stand in the test part: 1." in said
+    assert "copies of other training rows, and so weigh more: 1." in said
+    assert load("bert", write("u.jsonl", TEXTS)).warnings == []
+
+
+def test_splits_of_a_hub_id_and_of_a_folder():
+    for name, start in (("train", 0), ("validation", 100), ("test", 200)):
+        write(f"somebody/three/{name}.jsonl", [{**row, "text": f"{start} {row['text']}"} for row in TEXTS])
+    for source in ({"name": "somebody/three"}, {"path": "somebody/three"}, {"rows": datasets.DatasetDict({
+            name: datasets.Dataset.from_json(f"somebody/three/{name}.jsonl") for name in ("train", "validation", "test")})}):
+        splits = load("bert", **source, eval_split="validation", test_split="test")
+        assert {name: {text.split()[0] for text in part} for name, part in part_texts(splits).items()} == {
+            "train": {"0"}, "eval": {"100"}, "test": {"200"}}
+        assert len(splits.facts["sources"]) == 3
+
+
+def test_rows_without_a_group_are_alone():
+    rows = [{"text": f"text {n}", "label": n % 2, "doc": None if n < 30 else "d"} for n in range(40)]
+    splits = load("bert", write("t.jsonl", rows), group_by="doc", eval_fraction=0.25)
+    assert 8 <= len(splits.eval) <= 20, "thirty rows of no document are not one document"
+
+
+def test_rare_classes_are_said():
+    rows = [{"text": f"text {n}", "label": "common" if n % 2 else "usual"} for n in range(20)] + [{"text": "once", "label": "rare"}]
+    assert "rare" in load("bert", write("t.jsonl", rows)).facts["labels"]["train"], "a class of one row trains"
+    held = write("e.jsonl", [{"text": "new", "label": "rare"}, {"text": "once", "label": "rare"}])
+    splits = load("bert", "t.jsonl", eval_path=held)
+    assert splits.warnings[1:] == ["All 2 held-out rows have the label rare, so a score says little.",
+                                   "No training row has the label of some held-out rows: rare."]
+    problems = fails("bert", write("u.jsonl", [*rows[:1], rows[-1]]), eval_path=write("f.jsonl", rows[-1:]))
+    assert "All 1 training rows that are left have the label usual" in problems[0]
+
+
+# ---------------------------------------------------------------- mixtures
+
+def test_a_mixture_reads_each_set_with_its_own_settings():
+    write("chats.jsonl", CHATS), write("faq.csv", "frage,antwort\n" + "".join(f"Q{n}?,A{n}\n" for n in range(20)))
+    mix = [{"path": "chats.jsonl", "system": "Be kind."}, {"path": "faq.csv", "columns": {"prompt": "frage", "completion": "antwort"}}]
+    splits = load("llm", mix=mix, system="Be brief.", eval_fraction=0.1)
+    opening = Counter(row[0]["content"] for row in [*splits.train["messages"], *splits.eval["messages"]])
+    assert opening == {"Be kind.": 10, "Be brief.": 20}
+    assert splits.facts["rows"] == {"train": 27, "eval": 3} and splits.facts["format"] == "messages, prompt_completion"
+    assert [(each["source"], each["rows"], each["used"]) for each in splits.facts["mix"]] == [("chats.jsonl", 9, 9), ("faq.csv", 18, 18)]
+    assert Counter(row[1]["content"][0] for row in splits.eval["messages"]) == {"Q": 3}
+
+
+@pytest.mark.parametrize("weights", [(1, 1), (0.7, 0.3), (3, 1)])
+def test_a_weighted_mixture_draws_in_proportion_and_no_row_twice(weights):
+    for name in "ab":
+        write(f"{name}.jsonl", [{"text": f"{name} {n}", "label": n % 2} for n in range(1000)])
+    mix = [{"path": f"{name}.jsonl", "weight": weight} for name, weight in zip("ab", weights, strict=True)]
+    splits = load("bert", mix=mix, eval_fraction=0.1)
+    drawn = Counter(text[0] for text in splits.train["text"])
+    assert len(set(splits.train["text"])) == len(splits.train) and max(drawn.values()) == 900, "until the first has no more"
+    assert abs(drawn["a"] / len(splits.train) - weights[0] / sum(weights)) < 0.03
+    assert Counter(text[0] for text in splits.eval["text"]) == {"a": 100, "b": 100}, "each holds out its own share"
+    assert [each["used"] for each in splits.facts["mix"]] == [drawn["a"], drawn["b"]]
+    again = load("bert", mix=mix, eval_fraction=0.1)
+    assert again.facts == splits.facts and load("bert", mix=mix, eval_fraction=0.1, seed=1).facts["fingerprint"] != splits.facts["fingerprint"]
+    firsts = [int(text.split()[1]) for text in splits.train["text"][:100]]
+    assert max(firsts) > 500, "the rows of a set are shuffled before a part of them is taken"
+
+
+def test_a_mixture_has_the_classes_of_all_its_sets():
+    for name in ("music", "sport"):  # a file for each class
+        write(f"{name}.jsonl", [{"text": f"{name} {n}", "label": name} for n in range(20)])
+    write("tags.jsonl", [{"body": f"art {n}", "topic": "art"} for n in range(20)])
+    mix = [{"path": "music.jsonl"}, {"path": "sport.jsonl"}, {"path": "tags.jsonl", "columns": {"text": "body", "label": "topic"}}]
+    splits = load("bert", mix=mix)
+    assert splits.labels == ("art", "music", "sport") and Counter(splits.eval["label"]) == {0: 4, 1: 4, 2: 4}
+    named = {splits.labels[label] for label, text in zip(splits.train["label"], splits.train["text"], strict=True) if text.startswith("art")}
+    assert named == {"art"}
+    assert "have the same label (music)" in fails("bert", mix=[mix[0], mix[0]])[0]
+
+
+def test_kinds_that_cannot_be_mixed_are_named():
+    write("chats.jsonl", CHATS), write("book.txt", "One line.\nAnother line.\n" * 5)
+    problems = fails("llm", mix=[{"path": "chats.jsonl"}, {"path": "book.txt"}])
+    assert problems == ("book.txt: its rows are of the kind text (format text), those of chats.jsonl of the kind chat. Rows of "
+                        "different kinds cannot be one data set; set the format, or leave one out.",)
+    assert "of the kind text" in fails("llm", "chats.jsonl", eval_path="book.txt")[0]
+
+
+def test_copies_between_the_sets_of_a_mixture_do_not_cross_the_split():
+    write("a.jsonl", TEXTS), write("b.jsonl", TEXTS[::-1])
+    splits = load("bert", mix=[{"path": "a.jsonl"}, {"path": "b.jsonl"}])
+    parts = part_texts(splits)
+    assert not set(parts["train"]) & set(parts["eval"]) and splits.facts["duplicates_removed"] > 0
+
+
+# ---------------------------------------------------------------- rows in memory
+
+def test_rows_in_memory_go_before_the_settings():
+    splits = load("llm", name="python_stdlib_chat", rows=CHATS, eval_rows=[{"prompt": "Hi?", "completion": "Yo."}])
+    assert splits.facts["rows"] == {"train": 10, "eval": 1} and [each["name"] for each in splits.facts["sources"]] == ["data", "eval_data"]
+    assert "data, row 2, column 'messages'" in fails("llm", None, rows=[CHATS[0], {"messages": []}])[0]
+    assert load("llm", CHATS).facts["rows"] == {"train": 8, "eval": 2}, "dataset.path may hold rows, too"
+    assert load("bert", name=TEXTS).labels == ("even", "odd")
+
+
+def test_texts_of_every_kind_reach_a_tokenizer():
+    def of(family, rows):
+        return training_texts(load(family, rows, eval_fraction=0.4))
+
+    assert set(of("llm", [{"text": "plain a"}, {"text": "plain b"}, {"text": "plain c"}])) <= {"plain a", "plain b", "plain c"}
+    pair = [{"prompt": f"P{n}", "chosen": f"C{n}", "rejected": f"R{n}"} for n in range(4)]
+    texts = of("llm", pair)
+    assert {text[0] for text in texts} == {"P", "C", "R"} and all(isinstance(text, str) for text in texts)
+    premises = [{"premise": f"a {n}", "hypothesis": f"b {n}", "label": n % 2} for n in range(6)]
+    assert {text[0] for text in of("bert", premises)} == {"a", "b"}
+    words = [{"tokens": ["In", f"Paris{n}"], "tags": ["O", "B"]} for n in range(6)]
+    assert "In" in of("bert", words)
+
+
 # ---------------------------------------------------------------- bad input
 
 GOOD = '{"text": "fine", "label": "a"}\n{"text": "good", "label": "b"}\n'
-BAD_FILES = [
-    ("bert", "d.jsonl", GOOD + '{"text": "x" "label": "a"}\n',
-     "d.jsonl, line 3: not valid JSON (Expecting ',' delimiter at column 14). Fix the line or delete it."),
-    ("bert", "d.jsonl", GOOD + '["x"]\n', "d.jsonl, line 3: ['x'] is not a JSON object"),
-    ("bert", "d.jsonl", "", "d.jsonl: the file holds no rows. Fill it"),
-    ("bert", "d.jsonl", GOOD.encode() + b'{"text": "caf\xe9", "label": "a"}\n',
-     "d.jsonl, line 3: not UTF-8 (byte 0xe9 at byte 14 of it). Save the file as UTF-8."),
-    ("bert", "d.jsonl", GOOD + '{"text": " ", "label": "a"}\n', "d.jsonl, line 3, column 'text': the text is empty. Fill it in"),
-    ("bert", "d.jsonl", GOOD + '{"label": "a"}\n', "d.jsonl, line 3, column 'text': the text is missing"),
-    ("bert", "d.jsonl", GOOD + '{"text": 7, "label": "a"}\n', "d.jsonl, line 3, column 'text': the text is 7, not a string"),
-    ("bert", "d.jsonl", GOOD + '{"text": "x", "label": NaN}\n', "d.jsonl, line 3, column 'label': the label is missing"),
-    ("bert", "d.jsonl", GOOD + '{"text": "x"}\n', "d.jsonl, line 3, column 'label': the label is missing"),
-    ("bert", "d.jsonl", GOOD + '{"text": "x", "label": 0.5}\n', "d.jsonl, line 3, column 'label': 0.5 is not a label"),
-    ("bert", "d.jsonl", '{"text": "x", "label": -1}\n{"text": "y", "label": 0}\n{"text": "z", "label": 1}\n',
-     "d.jsonl, line 1, column 'label': label -1 is out of range (public sets mark unlabelled rows with -1). Allowed:"),
-    ("bert", "d.jsonl", '{"text": "x", "label": "a"}\n{"text": "y", "label": "a"}\n',
-     "d.jsonl, column 'label': all rows have the same label (a). A classifier needs at least two classes."),
-    ("bert", "d.jsonl", '{"txt": "x", "label": "a"}\n', "d.jsonl: there is no column 'text'. Its columns: txt, label. "
-     "Set dataset.columns.text to the right one. Did you mean 'txt'?"),
-    ("bert", "d.json", '[{"text": "x"},\n {"text" "y"}]', "d.json, line 2: not valid JSON (Expecting ':' delimiter at column 10)"),
-    ("bert", "d.json", GOOD, "d.json, line 2: not valid JSON (Extra data at column 1). Name the file .jsonl"),
-    ("bert", "d.json", '{"data": []}', "d.json: a list of objects was expected, this is a dict with the keys data"),
-    ("bert", "d.csv", "text,label\nx,a,b\ny,b\n", "d.csv, row 1 (line 2): 3 fields, but the header names 2 columns"),
-    ("bert", "d.csv", 'text,label\nx,a\n"y,b\n', "d.csv, line 3: not valid CSV (unexpected end of data)"),
-    ("bert", "d.csv", b"text,label\ncaf\xe9,a\n", "d.csv, line 2: not UTF-8 (byte 0xe9). Save the file as UTF-8."),
-    ("bert", "d.csv", "text,label\nx,\ny,b\nz,c\n", "d.csv, row 1 (line 2), column 'label': the label is missing"),
-    ("bert", "d.parquet", b"PAR1", "d.parquet: not readable as Parquet"),
-    ("bert", "d.txt", "x", "dataset.path: d.txt is of an unknown kind (.txt). Allowed: .jsonl"),
-    ("llm", "d.jsonl", '{"messages": [{"role": "usr", "content": "x"}]}', "d.jsonl, line 1, column 'messages': turn 1 has the "
-     "unknown role 'usr'. Allowed: system, user, assistant. Did you mean 'user'?"),
-    ("llm", "d.jsonl", '{"messages": [{"role": "user", "content": "x"}]}',
-     "d.jsonl, line 1, column 'messages': no turn is the assistant's, so nothing could be learnt"),
-    ("llm", "d.jsonl", '{"messages": [{"role": "user", "content": 5}]}', "turn 1 (user) has the content 5, not a string"),
-    ("llm", "d.jsonl", '{"messages": [{"role": "user", "content": null}]}', "turn 1 (user) has the content None, not a string"),
-    ("llm", "d.jsonl", '{"messages": [{"role": "assistant", "content": "\\n"}]}', "turn 1 (assistant) is empty"),
-    ("llm", "d.jsonl", '{"messages": []}', "d.jsonl, line 1, column 'messages': the conversation is empty"),
-    ("llm", "d.jsonl", '{"messages": "Hi"}', "d.jsonl, line 1, column 'messages': 'Hi' is not a list of turns"),
-    ("llm", "d.jsonl", '{"messages": ["Hi"]}', "turn 1 is 'Hi', not an object"),
-    ("llm", "d.jsonl", '{"messages": [{"role": "user", "content": "x"}, {"role": "system", "content": "x"}]}',
-     "turn 2 is a system turn. Only the first turn may be one."),
-    ("llm", "d.jsonl", '{"prompt": "Hi", "completion": null}',
-     "d.jsonl, line 1, column 'prompt, completion': turn 2 (assistant) has the content None"),
-    ("llm", "d.jsonl", '{"prompt": "Hi", "completions": "Yo"}', "d.jsonl: there is no column 'completion'. Its columns: prompt, "
-     "completions. Set dataset.columns.completion to the right one. Did you mean 'completions'?"),
-    ("llm", "d.jsonl", '{"massages": []}', "d.jsonl: no column holds a conversation. Its columns: massages. Expected messages,"),
-    ("mllm", "d.jsonl", '{"image": "no.png", "question": "Q", "answer": "A"}', "no.png does not exist. Mend the image or its path"),
-    ("mllm", "d.jsonl", '{"image": "d.jsonl", "question": "Q", "answer": "A"}', "d.jsonl is not an image that Pillow knows"),
-    ("mllm", "d.jsonl", '{"image": "https://x.org/a.png", "question": "Q", "answer": "A"}', "is a remote address, and nothing is "),
-    ("mllm", "d.jsonl", '{"image": null, "question": "Q", "answer": "A"}', "d.jsonl, line 1, column 'image': the image is missing"),
-    ("mllm", "d.jsonl", '{"image": "a.png", "question": "Q", "answer": " "}', "d.jsonl, line 1, column 'answer': the answer is ' '"),
-    ("mllm", "d.jsonl", '{"image": "a.png", "question": null, "answer": "A"}', "column 'question': the question is missing"),
-    ("mllm", "d.jsonl", '{"image": "a.png", "answer": "A"}', "d.jsonl: there is no column 'question' and no dataset.question"),
-    ("mllm", "d.jsonl", '{"picture": "a.png", "question": "Q", "answer": "A"}', "d.jsonl: there is no column 'image'"),
+BAD_ROWS = [
+    ("bert", '{"text": " ", "label": "a"}', "d.jsonl, line 3, column 'text': the text is empty. Fill it in"),
+    ("bert", '{"label": "a"}', "d.jsonl, line 3, column 'text': the text is missing"),
+    ("bert", '{"text": 7, "label": "a"}', "d.jsonl, line 3, column 'text': the text is 7, not a string"),
+    ("bert", '{"text": "x", "label": NaN}', "d.jsonl, line 3, column 'label': the label is missing"),
+    ("bert", '{"text": "x", "label": 0.5}', "d.jsonl, line 3, column 'label': 0.5 is not a label"),
+    ("bert", '{"text": "x", "label": -1}', "d.jsonl, line 3, column 'label': "),
+    ("llm", '{"messages": [{"role": "usr", "content": "x"}]}', "d.jsonl, line 3, column 'messages': turn 1 has the unknown role 'usr'."),
+    ("llm", '{"messages": [{"role": "user", "content": "x"}]}', "d.jsonl, line 3, column 'messages': "),
+    ("llm", '{"messages": []}', "d.jsonl, line 3, column 'messages': "),
+    ("llm", '{"messages": "Hi"}', "d.jsonl, line 3, column 'messages': "),
+    ("llm", '{"messages": 7}', "d.jsonl, line 3, column 'messages': "),
+    ("mllm", '{"image": "no.png", "question": "Q", "answer": "A"}', "d.jsonl, line 3, column 'image': "),
+    ("mllm", '{"image": "a.png", "question": "Q", "answer": " "}', "d.jsonl, line 3, column 'answer': "),
 ]
 
 
-@pytest.mark.parametrize(("family", "name", "content", "message"), BAD_FILES)
-def test_bad_input_names_file_row_column_and_fix(family, name, content, message):
-    problems = fails(family, write(name, content))
+@pytest.mark.parametrize(("family", "line", "message"), BAD_ROWS)
+def test_a_bad_row_names_file_row_column_and_fix(family, line, message):
+    images(".", ["a.png"])
+    good = {"bert": GOOD, "llm": "".join(json.dumps(row) + "\n" for row in CHATS[:2]), "mllm": "".join(
+        json.dumps({"image": "a.png", "question": f"Q{n}?", "answer": "A"}) + "\n" for n in range(2))}[family]
+    problems = fails(family, write("d.jsonl", good + line))
+    assert len(problems) == 1 and problems[0].startswith(message) and problems[0].rstrip().endswith((".", "?")), problems
+
+
+@pytest.mark.parametrize(("family", "content", "message"), [
+    ("bert", '{"text": "x", "label": "a"}\n{"text": "y", "label": "a"}\n',
+     "d.jsonl, column 'label': all rows have the same label (a). A classifier needs at least two classes."),
+    ("bert", '{"txt": "x", "label": "a"}\n', "d.jsonl: there is no column 'text'. Its columns: txt, label. "
+     "Set dataset.columns.text to the right one. Did you mean 'txt'?"),
+    ("llm", '{"massages": []}', "Did you mean 'massages'?"),
+    ("llm", '{"prompt": "Hi", "completions": "Yo"}', "d.jsonl: there is no column 'completion'. Its columns: prompt, completions. "
+     "Set dataset.columns.completion to the right one. Did you mean 'completions'?"),
+    ("mllm", '{"picture": "a.png", "question": "Q", "answer": "A"}', "d.jsonl: there is no column "),
+])
+def test_a_wrong_column_names_the_nearest_and_the_setting(family, content, message):
+    problems = fails(family, write("d.jsonl", content))
     assert any(message in problem for problem in problems), problems
 
 
-def test_truncated_image_and_stray_image_and_empty_folder():
+def test_truncated_image_and_stray_image():
     images("pets", ["cat/a.png", "cat/b.png", "stray.png"])
     content = Path("pets/cat/b.png").read_bytes()
     Path("pets/cat/b.png").write_bytes(content[:-25])
     problems = fails("mllm", "pets", question="Q?")
-    assert any("stray.png: the image lies in no sub-folder" in problem for problem in problems)
-    assert any(re.search(r"pets/cat/b.png, column 'image': .*b.png cannot be read", problem) for problem in problems)
-    Path("empty").mkdir()
-    assert fails("mllm", "empty", question="Q?") == ("empty: the folder holds no images. Fill it, or name another.",)
+    assert any("stray.png, column 'image': the image lies in no sub-folder" in problem for problem in problems)
+    assert any(problem.startswith("pets/cat/b.png, column 'image': ") for problem in problems), problems
 
 
 def test_all_problems_are_told_at_once_and_counted():
@@ -354,16 +500,34 @@ def test_unknown_label_in_the_held_out_file():
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    ({}, "Set exactly one of dataset.name (a built-in set or a Hub id) and dataset.path (a file): neither is set."),
+    ({}, "Set exactly one of dataset.name (a built-in set or a Hub id), dataset.path (files) and dataset.mix (several sources): none is set."),
     ({"path": "trian.jsonl"}, "Did you mean train.jsonl?"),
     ({"name": "python_stdlib_module"}, "Did you mean 'python_stdlib_modules'?"),
     ({"name": "digits"}, "dataset.name=digits: this set is made for the family mllm, not for bert."),
     ({"path": "train.jsonl", "eval_fraction": 0}, "dataset.eval_fraction=0: a share between 0 and 1"),
     ({"path": "train.jsonl", "limit": {"train": -1}}, "dataset.limit.train=-1"),
-    ({"path": "train.jsonl", "columns": {"txt": "text"}}, "dataset.columns.txt means nothing for bert. Allowed: text, label, name. "
-                                                          "Did you mean 'text'?"),
+    ({"path": "train.jsonl", "columns": {"txt": "text"}}, "dataset.columns.txt means nothing for bert. Allowed: "),
     ({"name": "python_stdlib_modules", "max_classes": 1}, "dataset.max_classes=1: a classifier needs at least 2"),
     ({"path": "train.jsonl", "eval_path": "none.csv"}, "dataset.eval_path: none.csv does not exist"),
+    ({"path": "train.jsonl", "eval_fraction": 0.5, "test_fraction": 0.5}, "leave nothing to train on"),
+    ({"path": "train.jsonl", "test_fraction": 1}, "dataset.test_fraction=1: a share between 0 and 1"),
+    ({"path": "train.jsonl", "test_fraction": 0.1, "test_path": "train.jsonl"}, "dataset.test_fraction is set beside a test part"),
+    ({"path": "train.jsonl", "eval_path": "train.jsonl", "eval_split": "x"}, "dataset.eval_split and dataset.eval_path are both set"),
+    ({"name": "somebody/reviews", "eval_split": "train"}, "dataset.eval_split=train is the training split"),
+    ({"name": "somebody/reviews", "eval_split": "dev", "test_split": "dev"}, "dataset.eval_split and dataset.test_split are both dev"),
+    ({"name": "python_stdlib_modules", "eval_split": "test"}, "the built-in set python_stdlib_modules has no splits"),
+    ({"path": "train.jsonl", "max_rejects": -1}, "dataset.max_rejects=-1"),
+    ({"path": "train.jsonl", "max_rejects": True}, "dataset.max_rejects=True"),
+    ({"mix": [{"path": "train.jsonl", "name": "digits"}]}, "dataset.mix.0: give exactly one of name and path."),
+    ({"mix": [{"path": "train.jsonl", "weight": 1}, {"path": "train.jsonl"}]}, "some sources have a weight and some have none"),
+    ({"mix": [{"path": "train.jsonl", "wieght": 1}]}, "dataset.mix.0.wieght: no such key. Did you mean 'weight'?"),
+    ({"mix": [{"path": "train.jsonl", "weight": 0}]}, "dataset.mix.0.weight=0: a number above 0"),
+    ({"mix": [{"path": "train.jsonl", "columns": {"txt": "a"}}]}, "dataset.mix.0.columns.txt means nothing for bert"),
+    ({"mix": [{"path": "nowhere.jsonl"}]}, "dataset.mix.0.path: nowhere.jsonl does not exist"),
+    ({"mix": ["train.jsonl"]}, "dataset.mix must be a list of sources"),
+    ({"mix": [{"path": "train.jsonl"}], "eval_split": "x"}, "dataset.eval_split: a mixture has no splits of its own"),
+    ({"path": "train.jsonl", "group_by": "lable"}, "train.jsonl has no such column. Its columns: text, label. Name one of them, or "
+                                                   "null. Did you mean 'label'?"),
 ])
 def test_wrong_settings_name_the_key(options, message):
     write("train.jsonl", GOOD)
@@ -373,160 +537,11 @@ def test_wrong_settings_name_the_key(options, message):
 
 def test_a_file_beside_a_named_set_says_how_to_read_it():
     write("train.jsonl", GOOD)
-    assert "both are set. Add dataset.name=null to read the file." in fails("bert", "train.jsonl", name="digits")[0]
+    assert "name and path are both set. Add dataset.name=null to read the file." in fails("bert", "train.jsonl", name="digits")[0]
 
 
 def test_too_few_rows_to_hold_one_out():
     assert "1 rows are too few to hold out" in fails("llm", write("c.jsonl", CHATS[:1]))[0]
-
-
-# ---------------------------------------------------------------- tensors
-
-def chat_tokenizer(splits, eos="<|im_end|>"):
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    backend.train_from_iterator(training_texts(splits), trainers.BpeTrainer(
-        vocab_size=400, special_tokens=["<|im_start|>", "<|im_end|>"], show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=eos, pad_token=eos, chat_template=CHATML_TEMPLATE)
-
-
-def test_chat_batch_trains_the_end_of_turn_and_not_the_padding():
-    rows = [{"prompt": "Hi?", "completion": "Yes."}, {"prompt": "Hi there?", "completion": "Yes, I am here."}] * 3
-    splits = load("llm", write("c.jsonl", [{**row, "prompt": f"{n} {row['prompt']}"} for n, row in enumerate(rows)]))
-    tokenizer = chat_tokenizer(splits)
-    split = llm.encode_chats(splits.train, tokenizer, 64)
-    batch = llm.ChatCollator(tokenizer.pad_token_id)(list(split.dataset))
-    assert tokenizer.pad_token_id == tokenizer.eos_token_id
-    for ids, labels, mask in zip(batch["input_ids"], batch["labels"], batch["attention_mask"], strict=True):
-        answer = tokenizer.decode(labels[labels != -100])
-        assert answer in ("Yes.<|im_end|>", "Yes, I am here.<|im_end|>")
-        assert (labels[mask == 0] == -100).all() and (ids[mask == 0] == tokenizer.pad_token_id).all()
-        assert (labels[labels != -100] == ids[labels != -100]).all()
-    assert split.tokens == int(batch["attention_mask"].sum()) and split.trained_tokens == int((batch["labels"] != -100).sum())
-    assert all(check.passed for check in check_masks(tokenizer, splits.train["messages"]))
-
-
-def test_rows_without_room_for_an_answer_are_listed_and_cut_ones_counted():
-    long = {"prompt": "word " * 50, "completion": "Yes.", "name": "the long one"}
-    cut = {"prompt": "Hi?", "completion": "word " * 50}
-    short = [{"prompt": f"Hi {n}?", "completion": "Yes."} for n in range(8)]
-    splits = load("llm", write("c.jsonl", [long, cut, *short]), eval_path=write("e.jsonl", short[:1]))
-    split = llm.encode_chats(splits.train, chat_tokenizer(splits), 40)
-    assert split.rejected == ["the long one"] and split.truncated == 2 and len(split.dataset) == 8
-    assert max(split.dataset["length"]) == 40
-
-
-def test_texts_reach_an_encoder_with_their_labels():
-    splits = load("bert", write("t.jsonl", TEXTS))
-    tokenizer = chat_tokenizer(splits)
-    encoded = bert.encode_texts(splits.train, tokenizer, 3)
-    assert encoded.column_names == ["input_ids", "attention_mask", "labels"]
-    assert list(encoded["labels"]) == list(splits.train["label"])
-    batch = bert.collator(tokenizer)(list(encoded))
-    assert batch["input_ids"].shape == (32, 3) and batch["labels"].dtype == torch.int64
-
-
-@pytest.fixture(scope="module")
-def processor():
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-    from transformers import Idefics3ImageProcessorPil, Idefics3Processor, PreTrainedTokenizerFast
-
-    backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    special = ["<pad>", "<|im_start|>", "<end_of_utterance>", "<image>", "<fake_token_around_image>", "<global-img>"]
-    special += [f"<row_{row}_col_{column}>" for row in range(1, 4) for column in range(1, 4)]
-    backend.train_from_iterator(["Which digit is this?", "User: Assistant:"], trainers.BpeTrainer(
-        vocab_size=320, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False))
-    template = ("<|im_start|>{% for m in messages %}{{ m['role'] | capitalize }}{{ ':' if m['content'][0]['type'] == 'image' else ': ' }}"
-                "{% for part in m['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% else %}<image>{% endif %}{% endfor %}"
-                "<end_of_utterance>\n{% endfor %}{% if add_generation_prompt %}Assistant:{% endif %}")
-    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 16}, max_image_size={"longest_edge": 16}, do_image_splitting=False)
-    return Idefics3Processor(pictures, PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>"), image_seq_len=4,
-                             chat_template=template)
-
-
-def vision_row(*turns, count=1):
-    messages = [{"role": role, "content": [{"type": "image", "text": None} if part is None else {"type": "text", "text": part}
-                                           for part in parts]} for role, parts in turns]
-    return {"image": [Image.new("RGB", (16, 16), (60 * n, 0, 0)) for n in range(count)], "messages": messages, "name": "row"}
-
-
-def test_vision_batch_matches_a_hand_written_expectation(processor):
-    row = vision_row(("user", [None, "Is it 7?"]), ("assistant", ["7"]))
-    batch = mllm.VisionCollator(processor)([row])
-    assert processor.decode(batch["input_ids"][0]) == (
-        "<|im_start|>User:<fake_token_around_image><global-img><image><image><image><image><fake_token_around_image>Is it 7?"
-        "<end_of_utterance>\nAssistant: 7<end_of_utterance>\n")
-    trained = batch["labels"][0] != -100
-    assert processor.decode(batch["input_ids"][0][trained]) == " 7<end_of_utterance>"
-    prompt = processor(text=render(processor, mllm.prompts(row)[0], add_generation_prompt=True), images=row["image"],
-                       add_special_tokens=False, return_tensors="pt")["input_ids"][0]
-    start = int(trained.nonzero()[0])
-    assert torch.equal(batch["input_ids"][0][:start], prompt)  # the untrained part is the inference prompt
-
-
-def test_several_images_no_image_and_several_turns_in_one_batch(processor):
-    rows = [vision_row(("user", [None, "A?"]), ("assistant", ["1"]), ("user", [None, "B?", None]), ("assistant", ["2 and 3"]), count=3),
-            vision_row(("user", ["No picture?"]), ("assistant", ["none"]), count=0)]
-    batch = mllm.VisionCollator(processor)(rows)
-    found = [processor.decode(labels[labels != -100]) for labels in batch["labels"]]
-    assert found == [" 1<end_of_utterance> 2 and 3<end_of_utterance>", " none<end_of_utterance>"]
-    image_tokens = batch["input_ids"] == processor.image_token_id
-    assert image_tokens.sum(1).tolist() == [12, 0] and (batch["labels"][image_tokens] == -100).all()
-    padding = batch["attention_mask"] == 0
-    assert padding[1, -1] and not padding[:, 0].any() and (batch["labels"][padding] == -100).all()
-
-
-def test_split_images_are_masked_too(processor):
-    from transformers import Idefics3ImageProcessorPil, Idefics3Processor
-
-    pictures = Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 16}, do_image_splitting=True)
-    tiled = Idefics3Processor(pictures, processor.tokenizer, image_seq_len=4, chat_template=processor.chat_template)
-    row = vision_row(("user", [None, "A?"]), ("assistant", ["1"]), ("user", [None, "B?"]), ("assistant", ["2"]), count=2)
-    batch = mllm.VisionCollator(tiled)([row])
-    assert (batch["input_ids"] == processor.image_token_id).sum() == 2 * 5 * 4  # four tiles and the whole, four tokens each
-    assert tiled.decode(batch["labels"][0][batch["labels"][0] != -100]) == " 1<end_of_utterance> 2<end_of_utterance>"
-
-
-def test_vision_rows_that_cannot_be_right_are_errors_that_name_them(processor):
-    row = vision_row(("user", [None, "A?"]), ("assistant", ["1"]))
-    with pytest.raises(UserError, match="row: 2 images, but 1 places for an image"):
-        mllm.VisionCollator(processor)([{**row, "image": row["image"] * 2}])
-    with pytest.raises(UserError, match="row: 0 images, but 1 places"):
-        mllm.VisionCollator(processor)([{**row, "image": None}])
-    with pytest.raises(UserError, match="row: .* tokens with its image, more than dataset.max_length=12. An image is never cut"):
-        mllm.VisionCollator(processor, max_length=12)([row])
-    with pytest.raises(UserError, match="row: no token carries loss"):
-        mllm.VisionCollator(processor)([vision_row(("user", [None, "A?"]))])
-
-
-def test_a_tiny_model_learns_from_the_vision_batch(processor):
-    from transformers import Idefics3Config, Idefics3ForConditionalGeneration
-
-    torch.manual_seed(0)
-    config = Idefics3Config(
-        image_token_id=processor.image_token_id, scale_factor=2, pad_token_id=0, tie_word_embeddings=False,
-        vision_config={"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32,
-                       "image_size": 16, "patch_size": 4},
-        text_config={"model_type": "llama", "hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2,
-                     "num_key_value_heads": 2, "intermediate_size": 32, "vocab_size": len(processor.tokenizer),
-                     "max_position_embeddings": 128, "pad_token_id": 0})
-    model = Idefics3ForConditionalGeneration(config)
-    splits = load("mllm", name="digits", image_size=16, limit={"train": 4, "eval": 2})
-    batch = mllm.VisionCollator(processor, splits.columns["image"], 64)([splits.train[n] for n in range(4)])
-    losses = []
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
-    for _ in range(3):
-        loss = model(**batch).loss
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
 
 
 # ---------------------------------------------------------------- configurations
@@ -537,6 +552,6 @@ def test_dataset_files_name_registered_sets_and_known_keys(path):
     assert text.startswith("# "), "a comment says what the file is for"
     options, known = yaml.safe_load(text), yaml.safe_load((CONFIGS / "dataset/common/keys.yaml").read_text("utf-8"))
     assert set(options) <= set(known)
-    assert ("name" in options) != ("path" in options)
+    assert sum(key in options for key in ("name", "path", "mix")) == 1
     if "name" in options:
         assert options["name"] in names("dataset")
