@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['IGNORE', 'CHUNK_ELEMENTS', 'KERNEL', 'LOSS_FACTOR', 'GRADIENT_FACTOR', 'FLOOR', 'next_labels', 'next_weights',
            'Patch', 'Patches', 'plain_model', 'patches', 'NotMaskable', 'LossRows', 'project_loss_rows', 'row_losses',
-           'own_loss', 'masked_loss', 'prove_masked_loss']
+           'is_encoder_decoder', 'own_loss', 'masked_loss', 'prove_masked_loss']
 
 # %% ../nbs/11_patching.ipynb #a6c5297f
 import contextlib
@@ -198,6 +198,13 @@ def row_losses(logits: Tensor, targets: Tensor) -> Tensor:
     return _RowLosses.apply(logits, targets)
 
 # %% ../nbs/11_patching.ipynb #fb3aa2b3
+def is_encoder_decoder(plain: nn.Module) -> bool:
+    """Return whether the labels are a decoder's own (InstructBLIP's configuration says so in a word of its own)."""
+    config = getattr(plain, "config", None)
+    return bool(getattr(config, "is_encoder_decoder", False)) or (
+        getattr(config, "use_decoder_only_language_model", True) is False)
+
+
 def _split(inputs: Mapping[str, Any]) -> tuple[dict[str, Any], Tensor]:
     """Return the model's inputs without labels and weights, and the target of every position."""
     rest = {key: value for key, value in inputs.items()
@@ -218,7 +225,7 @@ def own_loss(model: nn.Module, inputs: Mapping[str, Any], num_items_in_batch: Te
     With `loss_weights` the model gives its logits only, and torch's cross-entropy is weighted token by token. An
     encoder-decoder's labels are its decoder's own, so they are not shifted.
     """
-    seq2seq = getattr(getattr(plain_model(model), "config", None), "is_encoder_decoder", False)
+    seq2seq = is_encoder_decoder(plain_model(model))
     rest, targets = _split(inputs)
     targets = inputs["labels"] if seq2seq else targets
     count = (targets != IGNORE).sum()
@@ -273,7 +280,7 @@ KERNEL = "masked cross-entropy"
 
 def _refusal(plain: nn.Module) -> str | None:
     """Return why the model's own loss must be used, or `None`."""
-    if getattr(getattr(plain, "config", None), "is_encoder_decoder", False):
+    if is_encoder_decoder(plain):
         return "an encoder-decoder needs the labels for its decoder's input"
     if getattr(plain, "loss_function", None) is not ForCausalLMLoss:
         return "its loss is not the next-token cross-entropy"

@@ -13,14 +13,16 @@ import torch
 
 from .. import chat
 from ..inference.base import Completion, Engine, Sampling
-from ..metrics import classification, generation
+from ..inference.encoders import Asked
+from ..metrics import classification, generation, multi_label
+from ..metrics import tags as tagging
 from ..patching import masked_loss
 from ..runtime import UserError
 
 # %% auto #0
-__all__ = ['OTHER', 'spread', 'choose_samples', 'evaluate_classifier', 'loss_batches', 'evaluate_chat_loss', 'split_answer',
-           'last_question', 'answer_samples', 'pair_samples', 'evaluate_generation', 'answer_confusion',
-           'evaluate_vision']
+__all__ = ['OTHER', 'spread', 'choose_samples', 'shown_input', 'numbers_of', 'evaluate_classifier', 'evaluate_label_sets',
+           'shown_tags', 'evaluate_tags', 'loss_batches', 'evaluate_chat_loss', 'split_answer', 'last_question',
+           'answer_samples', 'pair_samples', 'evaluate_generation', 'answer_confusion', 'evaluate_vision']
 
 # %% ../../nbs/benchmark/01_quality.ipynb #9bb9fe75
 def spread(count: int, wanted: int) -> list[int]:
@@ -37,9 +39,23 @@ def choose_samples(correct: Sequence[bool], wanted: int) -> list[int]:
     return [wrong[i] for i in spread(len(wrong), n_wrong)] + [right[i] for i in spread(len(right), wanted - n_wrong)]
 
 # %% ../../nbs/benchmark/01_quality.ipynb #c9596263
+def shown_input(asked: Asked) -> str:
+    """What an encoder was asked, as one text: two texts are joined by a bar, words by spaces."""
+    return asked if isinstance(asked, str) else (" | " if isinstance(asked, tuple) else " ").join(asked)
+
+
+def numbers_of(names: Sequence[str], answered: Iterable[str]) -> dict[str, int]:
+    """The number of each label name; a `UserError` if an answer is not among them."""
+    index = {name: i for i, name in enumerate(names)}
+    if unknown := sorted(set(answered) - set(index)):
+        raise UserError(f"The model answers with labels the data does not have: {', '.join(unknown[:5])}. "
+                        f"The data's labels: {', '.join(names[:12])}.")  # fmt: skip
+    return index
+
+# %% ../../nbs/benchmark/01_quality.ipynb #78e6f02a
 def evaluate_classifier(
     engine: Engine,
-    texts: Sequence[str],
+    texts: Sequence[Asked],
     labels: Sequence[int],
     label_names: Sequence[str],
     train_labels: Sequence[int] | None = None,
@@ -49,7 +65,7 @@ def evaluate_classifier(
 
     Args:
         engine: has `classify(texts)` giving, per text, a `label` and `probabilities` by label name.
-        texts: held-out texts.
+        texts: held-out texts, or pairs of texts.
         labels: their label indices.
         label_names: label names in index order.
         train_labels: label indices of the train split, for the majority baseline.
@@ -63,21 +79,105 @@ def evaluate_classifier(
     """
     answers = engine.classify(list(texts))
     names = list(map(str, label_names))
-    index = {name: i for i, name in enumerate(names)}
-    if unknown := sorted({answer.label for answer in answers} - set(index)):
-        raise UserError(f"The model answers with labels the data does not have: {', '.join(unknown[:5])}. "
-                        f"The data's labels: {', '.join(names[:12])}.")  # fmt: skip
+    index = numbers_of(names, (answer.label for answer in answers))
     predicted = [index[answer.label] for answer in answers]
     probabilities = [[answer.probabilities[name] for name in names] for answer in answers]
     scores = classification.classification_report(labels, predicted, names, train_labels, probabilities)
     correct = [p == t for p, t in zip(predicted, labels, strict=True)]
     shown = [
-        {"input": texts[i], "expected": names[labels[i]], "after": answers[i].label, "split": "held out",
+        {"input": shown_input(texts[i]), "expected": names[labels[i]], "after": answers[i].label, "split": "held out",
          "correct": correct[i], "probability": answers[i].probabilities[answers[i].label]}
         for i in choose_samples(correct, samples)
     ]  # fmt: skip
     warnings = classification.warnings_for(scores)
     return {"metric": classification.metric_row(scores), **scores.to_dict(), "samples": shown, "warnings": warnings}
+
+# %% ../../nbs/benchmark/01_quality.ipynb #8a2ca04c
+def evaluate_label_sets(
+    engine: Engine,
+    texts: Sequence[Asked],
+    label_sets: Sequence[Sequence[int]],
+    label_names: Sequence[str],
+    train_sets: Sequence[Sequence[int]] | None = None,
+    samples: int = 10,
+) -> dict[str, Any]:
+    """Let a multi-label model label held-out texts and score the sets.
+
+    Args:
+        engine: has `classify(texts)` giving, per text, `labels` and `probabilities` by label name.
+        texts: held-out texts, or pairs of texts.
+        label_sets: their label indices.
+        label_names: label names in index order.
+        train_sets: label indices of the train split, for the baseline.
+        samples: how many rows to keep for a reader.
+
+    Returns:
+        `metric`, `scores`, `per_class`, `samples`, `warnings` as in a run's `results.json`.
+
+    Raises:
+        UserError: the model gives one label a text, or a label that is not in the list.
+    """
+    answers, names = engine.classify(list(texts)), list(map(str, label_names))
+    if any(answer.labels is None for answer in answers):
+        raise UserError("The rows have any number of labels, and this model gives each text exactly one.")
+    index = numbers_of(names, (name for answer in answers for name in answer.labels))
+    predicted = [sorted(index[name] for name in answer.labels) for answer in answers]
+    scores = multi_label.multi_label_report(label_sets, predicted, names, train_sets)
+    correct = [p == sorted(set(t)) for p, t in zip(predicted, label_sets, strict=True)]
+    shown = [
+        {"input": shown_input(texts[i]), "expected": multi_label.set_text([names[n] for n in sorted(label_sets[i])]),
+         "after": multi_label.set_text(answers[i].labels), "split": "held out", "correct": correct[i]}
+        for i in choose_samples(correct, samples)
+    ]  # fmt: skip
+    warnings = multi_label.warnings_for_sets(scores, predicted)
+    return {"metric": multi_label.metric_row_of_sets(scores), **scores.to_dict(), "samples": shown, "warnings": warnings}
+
+# %% ../../nbs/benchmark/01_quality.ipynb #f258d248
+def shown_tags(words: Sequence[str], tags: Sequence[str]) -> str:
+    """Words with their tags as one text, `O` left out: `Paris/B-LOC`."""
+    return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True) if tag != "O") or "no word is tagged"
+
+
+def evaluate_tags(
+    engine: Engine,
+    tokens: Sequence[Sequence[str]],
+    tags: Sequence[Sequence[int]],
+    label_names: Sequence[str],
+    train_tags: Sequence[Sequence[int]] | None = None,
+    samples: int = 10,
+) -> dict[str, Any]:
+    """Let a tagger tag held-out words and score entities and words.
+
+    Args:
+        engine: has `classify(rows of words)` giving, per row, `tags`.
+        tokens: the words of each held-out row.
+        tags: their tag indices.
+        label_names: tag names in index order.
+        train_tags: tag indices of the train split, for the baseline.
+        samples: how many rows to keep for a reader.
+
+    Returns:
+        `metric`, `scores`, `per_class` (by type of entity), `samples`, `warnings` as in a run's `results.json`.
+
+    Raises:
+        UserError: the model tags no words, or with tags that are not in the list.
+    """
+    rows, names = [list(words) for words in tokens], list(map(str, label_names))
+    answers = engine.classify(rows)
+    if any(answer.tags is None for answer in answers):
+        raise UserError("The rows have a tag for each word, and this model gives a text one answer.")
+    numbers_of(names, (tag for answer in answers for tag in answer.tags))
+    truth, guess = [[names[n] for n in row] for row in tags], [list(answer.tags) for answer in answers]
+    known = None if train_tags is None else [[names[n] for n in row] for row in train_tags]
+    scores = tagging.tag_report(truth, guess, names, known)
+    correct = [true == said for true, said in zip(truth, guess, strict=True)]
+    shown = [
+        {"input": shown_input(rows[i]), "expected": shown_tags(rows[i], truth[i]), "after": shown_tags(rows[i], guess[i]),
+         "split": "held out", "correct": correct[i]}
+        for i in choose_samples(correct, samples)
+    ]  # fmt: skip
+    warnings = tagging.warnings_for_tags(scores)
+    return {"metric": tagging.metric_row_of_tags(scores), **scores.to_dict(), "samples": shown, "warnings": warnings}
 
 # %% ../../nbs/benchmark/01_quality.ipynb #6cf9ba3c
 def loss_batches(

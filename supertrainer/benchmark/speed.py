@@ -64,7 +64,7 @@ def _call(
 ) -> tuple[float, int | None]:
     """One call with all `requests`; returns its seconds and the tokens it generated (None for classification)."""
     start = time.perf_counter()
-    if isinstance(requests[0], str):
+    if isinstance(requests[0], str) or isinstance(requests[0][0], str):  # a text; a pair of texts, or words
         engine.classify(list(requests))
         return time.perf_counter() - start, None
     options = {} if images is None else {"images": list(images)}

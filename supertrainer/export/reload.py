@@ -70,7 +70,9 @@ AUTO_CLASSES = {
 
 def load_plain(folder: str | Path, family: str) -> torch.nn.Module:
     """The model in `folder`, loaded by transformers alone from local files in the type it was saved in."""
-    auto = getattr(transformers, AUTO_CLASSES[family])
+    settings = json.loads(Path(folder, "config.json").read_text("utf-8"))
+    tags = any(name.endswith("ForTokenClassification") for name in settings.get("architectures") or ())
+    auto = getattr(transformers, "AutoModelForTokenClassification" if tags else AUTO_CLASSES[family])
     return auto.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
 
 

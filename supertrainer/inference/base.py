@@ -106,11 +106,23 @@ class Completion:
 
 @dataclass(frozen=True)
 class Classification:
-    """One classified text: the likeliest `label`, `probabilities` by label, and `seconds` of its batch."""
+    """What an encoder says of one text.
+
+    Args:
+        label: the likeliest label; of a tagger, its tags in one text.
+        probabilities: by label; empty for a tagger.
+        seconds: wall time of the batch it was in.
+        labels: the labels above a probability of 0.5, where a text may have any number; else `None`.
+        words, tags, scores: of a tagger, each word, its tag and that tag's probability; else `None`.
+    """
 
     label: str
     probabilities: dict[str, float]
     seconds: float
+    labels: tuple[str, ...] | None = None
+    words: tuple[str, ...] | None = None
+    tags: tuple[str, ...] | None = None
+    scores: tuple[float, ...] | None = None
 
 
 class Engine(Protocol):
@@ -129,7 +141,7 @@ class Engine(Protocol):
     def close(self) -> None: ...
 
 # %% ../../nbs/inference/00_base.ipynb #00a92b62
-KINDS = "text (or prompt), messages, or image with question"
+KINDS = "text (or prompt), messages, tokens, or image with question"
 MOST_PROBLEMS = 20
 
 
@@ -208,6 +220,9 @@ def _problem(row: Any, folder: Path) -> str:
         good = isinstance(turns, list) and turns and all(isinstance(turn, dict) and turn.get("role") and
                                                          turn.get("content") for turn in turns)
         return "" if good else "messages must be a list of turns, each with role and content"
+    if isinstance(row.get("tokens"), list):
+        words = row["tokens"]
+        return "" if words and all(isinstance(word, str) for word in words) else "tokens must be a list of words"
     for key in ("text", "prompt"):
         if key in row:
             return "" if isinstance(row[key], str) and row[key].strip() else f"{key} is empty"
@@ -268,7 +283,7 @@ def result_rows(requests: Sequence[Mapping[str, Any]], results: Sequence[Complet
     """Return one plain dict for each request, with its result under `result`'s own field names."""
     rows = []
     for request, result in zip(requests, results, strict=True):
-        answer = asdict(result)
+        answer = {key: value for key, value in asdict(result).items() if value is not None}
         if "text" in answer:
             answer["answer"] = answer.pop("text")
         rows.append({**{key: value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
@@ -290,19 +305,28 @@ def _asked(row: Mapping[str, Any]) -> str:
     for key in ("question", "prompt", "text"):
         if row.get(key):
             return str(row[key])
+    if row.get("tokens") and isinstance(row["tokens"], (list, tuple)):
+        return " ".join(map(str, row["tokens"]))
     content = row["messages"][-1]["content"] if row.get("messages") else ""
     return content if isinstance(content, str) else " ".join(part.get("text", "") for part in content)
+
+
+def _answered(row: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the answer and a figure for the table: a label and its probability, the tagged words, or a text."""
+    if "label" not in row or "probabilities" not in row:
+        return str(row.get("answer", "")), f"{row.get('tokens', 0)} tokens"
+    if not row["probabilities"]:
+        marked = [f"{word}/{tag}" for word, tag in zip(row["words"], row["tags"], strict=True) if tag != "O"]
+        return " ".join(marked) or "no word is tagged", f"{len(row['words'])} words"
+    labels = ", ".join(row.get("labels") or ()) or "no label" if "labels" in row else str(row["label"])
+    return labels, f"{row['probabilities'][row['label']]:.0%}"
 
 
 def results_table(rows: Sequence[Mapping[str, Any]], width: int = 100) -> str:
     """Return rows of `result_rows` as a table of at most `width` characters: request, answer, and a figure."""
     cells = []
     for row in rows:
-        if "label" in row and "probabilities" in row:
-            answer, figure = str(row["label"]), f"{row['probabilities'][row['label']]:.0%}"
-        else:
-            answer, figure = str(row.get("answer", "")), f"{row.get('tokens', 0)} tokens"
-        cells.append([" ".join(text.split()) for text in (_asked(row), answer, figure)])
+        cells.append([" ".join(text.split()) for text in (_asked(row), *_answered(row))])
     cells.insert(0, ["request", "answer", ""])
     last = max(len(row[2]) for row in cells)
     first = min(max(len(row[0]) for row in cells), (width - last - 4) // 2)

@@ -118,7 +118,7 @@ def get_peft_model(model: PreTrainedModel, r: int = 16, lora_alpha: float = 16, 
         raise UserError("This model has an adapter already. Train that one, or load the base again.")
     if use_gradient_checkpointing not in (True, False):
         raise UserError(f"use_gradient_checkpointing={use_gradient_checkpointing!r} must be true or false.")
-    arguments = lora_arguments(model, get_family(found.family), {
+    arguments = lora_arguments(model, get_family(found.family).with_task(found.task), {
         "r": r, "lora_alpha": lora_alpha, "lora_dropout": lora_dropout, "target_modules": target_modules, "bias": bias,
         "use_rslora": use_rslora, "use_dora": use_dora, "modules_to_save": modules_to_save, **kwargs})
     in_full = ", ".join(arguments["modules_to_save"] or ())

@@ -27,7 +27,7 @@ _all_ = ["ModelInfo", "info", "fresh_base"]  # part of this module's face
 # %% ../../nbs/models/11_base.ipynb #4c33387a
 ARGUMENTS = ("model_name", "max_seq_length", "dtype", "load_in_4bit", "load_in_8bit", "full_finetuning", "revision",
              "attn_implementation", "device", "texts", "num_labels", "labels", "config", "quantization", "token", "seed",
-             "processor")
+             "processor", "task")
 
 
 class FastModel:
@@ -42,7 +42,7 @@ class FastModel:
         revision: str | None = None, attn_implementation: str | None = None, device: str | None = None,
         texts: Iterable[str] | None = None, num_labels: int | None = None, labels: Iterable[str] | None = None,
         config: Mapping[str, Any] | None = None, quantization: Mapping[str, Any] | None = None,
-        token: str | None = None, seed: int = 42, processor: Any = None, **kwargs: Any,
+        token: str | None = None, seed: int = 42, processor: Any = None, task: str | None = None, **kwargs: Any,
     ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | ProcessorMixin]:
         """Load a model and its tokenizer (or processor, for a vision-language model).
 
@@ -59,6 +59,8 @@ class FastModel:
             quantization: options of bitsandbytes, e.g. `{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}`.
             seed: of random weights.
             processor: a tokenizer or processor that was loaded before (`load_processor`); the model takes it as it is.
+            task: what an encoder's head shall do: `"classification"` (one class for a text), `"multi_label"` (any number
+                of classes) or `"token_tags"` (a tag for each word); default: what the checkpoint's head does.
         Raises:
             UserError: the name means nothing, or an argument cannot be honoured.
         """
@@ -66,7 +68,7 @@ class FastModel:
         request = Request(
             os.fspath(model_name), cls.family, max_seq_length, dtype, load_in_4bit, load_in_8bit, full_finetuning,
             revision, attn_implementation, device, texts, num_labels, tuple(map(str, labels)) if labels else None,
-            dict(config or {}), dict(quantization or {}), token, seed, hub, processor)
+            dict(config or {}), dict(quantization or {}), token, seed, hub, processor, task)
         source = resolve(model_name, check=False)
         if source.kind == "folder" and source.family is None:  # an adapter without weights
             return adapters.load_adapter(request, source.path)

@@ -16,11 +16,10 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from .builtin import make_config, make_processor, recipe
 from .catalogue import get_entry
 from .gguf import cache_is_whole, cache_root, check_gguf, quiet_loading
-from .loading import hub_options, pick_family, say_why
+from .loading import hub_options, pick_family, say_why, space_before_words
 from .padding import choose_pad, get_tokenizer
 from .request import Request
 from .sources import Source, resolve
-from ..runtime import UserError
 
 # %% ../../nbs/models/08b_processor.ipynb #1a234339
 def _place(source: Source) -> tuple[str, dict[str, str]]:
@@ -37,7 +36,7 @@ def _place(source: Source) -> tuple[str, dict[str, str]]:
 
 def load_processor(name: str | os.PathLike, *, family: str | None = None, revision: str | None = None,
                    config: Mapping[str, Any] | None = None, texts: Iterable[str] | None = None,
-                   token: str | None = None) -> PreTrainedTokenizerBase | ProcessorMixin:
+                   token: str | None = None, task: str | None = None) -> PreTrainedTokenizerBase | ProcessorMixin:
     """Load the tokenizer of a model, or its processor if it sees images; no weights are read.
 
     Args:
@@ -66,6 +65,8 @@ def load_processor(name: str | os.PathLike, *, family: str | None = None, revisi
             raise say_why(request, place, error) from None
     tokenizer = get_tokenizer(processor)
     choose_pad(tokenizer)
+    if task == "token_tags":
+        space_before_words(tokenizer)
     tokenizer.padding_side = kind.padding_side["train"]
     return processor
 

@@ -73,7 +73,7 @@ def _from_memory(model: torch.nn.Module) -> PreTrainedModel:
                         "nowhere. Save the model to a folder first and load that in 4 bit.")
     config = type(model.config).from_dict(model.config.to_dict())
     with quiet(), torch.random.fork_rng(devices=[]):
-        base = get_family(found.family).model_class().from_config(config, dtype=torch.float32)
+        base = get_family(found.family).with_task(found.task).model_class().from_config(config, dtype=torch.float32)
     base.load_state_dict({name: tensor.float() if tensor.is_floating_point() else tensor
                           for name, tensor in base_state(model).items()})
     base.tie_weights()

@@ -42,6 +42,7 @@ class Request:
     seed: int = 42
     hub: Mapping[str, Any] = field(default_factory=dict)
     processor: Any = None
+    task: str | None = None
 
 
 HUB_OPTIONS = ("cache_dir", "local_files_only", "force_download", "subfolder")
@@ -91,7 +92,7 @@ def check_request(request: Request, source: Source, family: Family) -> None:
         right = get_family(source.family)
         problems.append(f"{source.name} is a {right.title}; {family.loader} loads a {family.title}. "
                         f"Use {right.loader} or FastModel.")
-    if family.task_type != "SEQ_CLS" and (request.labels or request.num_labels):
+    if not family.tasks and (request.labels or request.num_labels):
         problems.append(f"labels= and num_labels= belong to a classification head; a {family.title} has none.")
     if request.labels and request.num_labels not in (None, len(request.labels)):
         problems.append(f"num_labels={request.num_labels} does not fit the {len(request.labels)} labels given.")

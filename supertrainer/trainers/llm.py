@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from trl import SFTConfig, SFTTrainer
 
-from ..patching import masked_loss, next_labels, plain_model, prove_masked_loss
+from ..patching import is_encoder_decoder, masked_loss, next_labels, plain_model, prove_masked_loss
 from ..runtime import get_logger
 from .base import OWNED, OWNED_SFT, HouseRules, length_grouping
 
@@ -83,7 +83,7 @@ class ChatTrainer(TokenMeanEvaluation, HouseRules, SFTTrainer):
         self.model_state.restore_forward()  # TRL's fused head
         self.prove = True
         self.model_accepts_loss_kwargs = True  # compute_loss divides by the tokens of all accumulated batches
-        self._loss_shifts_labels = not getattr(plain_model(model).config, "is_encoder_decoder", False)
+        self._loss_shifts_labels = not is_encoder_decoder(plain_model(model))
 
     @classmethod
     def house_arguments(cls, train_dataset: Any) -> dict[str, Any]:
