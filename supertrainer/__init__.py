@@ -16,7 +16,7 @@ from .registry import register, register_lazy
 # %% ../nbs/62_facade.ipynb #98f1ca12
 _NAMES = {
     **dict.fromkeys(("FastModel", "FastBERT", "FastLLM", "FastMLLM"), "supertrainer.models"),
-    **dict.fromkeys(("train", "infer", "benchmark", "Run"), "supertrainer.run"),
+    **dict.fromkeys(("train", "infer", "benchmark", "preview", "Run"), "supertrainer.run"),
     **dict.fromkeys(("compose", "StrictDict"), "supertrainer.config"),
     "ConfigPicker": "supertrainer.widgets",
     **dict.fromkeys(("Check", "CheckLog"), "supertrainer.check"),

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TextIO
 
 from ..config import StrictDict
+from ..inference.encoders import asked_of
 from ..inference.base import Sampling, read_requests, result_rows, results_table, to_conversation, write_results
 from ..models.base import load_finished
 from ..registry import lookup
@@ -43,8 +44,9 @@ def sampling_of(cfg: StrictDict) -> Sampling:
 def answer(family: str, engine: Any, rows: Sequence[Mapping[str, Any]], cfg: StrictDict) -> list[dict[str, Any]]:
     """Return each row with its answer (or label and probabilities)."""
     if family == "bert":
-        texts = [str(row.get("text", row.get("prompt", ""))) for row in rows]
-        empty = [f"row {i}: an encoder classifies a text; give a column text." for i, text in enumerate(texts, 1) if not text]
+        texts = [asked_of(row) for row in rows]
+        empty = [f"row {i}: an encoder reads a text; give a column text (and text_pair), or tokens."
+                 for i, text in enumerate(texts, 1) if not text]
         if empty:
             raise UserError(*empty[:20])
         return result_rows(rows, engine.classify(texts, progress=len(texts) > 64))
@@ -133,6 +135,9 @@ def talk(cfg: StrictDict) -> None:
             break
         if family == "bert":
             best = engine.classify([line])[0]
+            if best.tags is not None:
+                print("  ".join(f"{word}/{tag}" for word, tag in zip(best.words, best.tags, strict=True)))
+                continue
             ranked = sorted(best.probabilities.items(), key=lambda pair: -pair[1])[:3]
             print("  ".join(f"{label} {share:.0%}" for label, share in ranked))
         elif family == "mllm":

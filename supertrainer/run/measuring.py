@@ -12,11 +12,10 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ..benchmark import quality
 from ..check import Check
 from ..config import StrictDict
-from ..data import llm as llm_data
 from ..data.base import Splits, load_splits
+from ..data.encode import encode_split
 from ..models.info import count_parameters, info
 from . import looking
 from .answering import open_engine
@@ -65,17 +64,18 @@ def measure_quality(cfg: StrictDict, family: str, engine: Any, splits: Splits, f
     """Return metric, scores and samples of a finished model."""
     if family == "bert":
         known = check_labels(engine.model, splits)
-        rows = looking.limited(cfg, splits.eval)
         number = [known.index(label) for label in splits.labels]
-        return quality.evaluate_classifier(engine, list(rows["text"]), [number[i] for i in rows["label"]], known,
-                                           train_labels=[number[i] for i in splits.train["label"]],
-                                           samples=cfg.benchmark.samples)
+        return looking.look_at_labels(cfg, engine, splits, known, number)
     if family == "mllm":
         return looking.look_at_images(cfg, engine, splits, folder)
-    encoded = llm_data.encode_chats(splits.eval, engine.tokenizer, cfg.dataset.max_length)
-    seen = llm_data.encode_chats(splits.train, engine.tokenizer, cfg.dataset.max_length)
+    if splits.kind not in ("chat", "text"):
+        raise UserError(f"The rows are of the kind {splits.kind}; a language model is measured on conversations or texts.")
+    limit, how = cfg.dataset.max_length, {"kind": splits.kind, "train_on": cfg.dataset.to_dict()["train_on"]}
+    encoded, seen = (encode_split(part, engine.tokenizer, max_length=limit, **how)
+                     for part in (looking.held_out(splits), splits.train))
     return looking.look_at_chats(cfg, engine, engine.model, engine.tokenizer, encoded.dataset, seen.dataset, splits,
-                                 {"rows": looking.sample_rows(splits, cfg.benchmark.samples, cfg.benchmark.show)})
+                                 {"rows": looking.sample_rows(splits, cfg.benchmark.samples, cfg.benchmark.show)
+                                  if splits.kind == "chat" else []})
 
 # %% ../../nbs/run/05_measuring.ipynb #afdf8b80
 def benchmark(cfg: StrictDict) -> Run:
