@@ -6,4 +6,4 @@ import sys
 import pytest
 
 os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false", MPLBACKEND="agg")
-sys.exit(pytest.main(["-n", os.environ.get("TEST_WORKERS", "2"), *sys.argv[1:]]))
+sys.exit(pytest.main(["-n", os.environ.get("TEST_WORKERS", "2"), "--dist", "worksteal", *sys.argv[1:]]))

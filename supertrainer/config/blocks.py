@@ -41,6 +41,7 @@ class LimitBlock(Block):
 
     train: Positive | None
     eval: Positive | None
+    test: Positive | None = None
 
 
 class SourceBlock(Block):
@@ -91,6 +92,7 @@ class DatasetBlock(Block):
     max_classes: Annotated[int, Field(ge=2)] | None
     image_size: Positive | None
     num_proc: Positive | None
+    labels: list[str] | None
     limit: LimitBlock
 
 # %% ../../nbs/config/02_blocks.ipynb #f4ffe28d

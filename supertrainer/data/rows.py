@@ -222,7 +222,7 @@ def write_rejects(problems: Sequence[Problem], path: str | Path) -> int:
 
     Args:
         problems: what was found; problems of a setting or a file are passed over.
-        path: the file to write; it is replaced.
+        path: the file to write; it is replaced. Without rejected rows nothing is written.
     Returns:
         the number of rows written.
     """
@@ -235,7 +235,8 @@ def write_rejects(problems: Sequence[Problem], path: str | Path) -> int:
             rows[problem.where].setdefault("also", []).append(said)
     # a lone surrogate cannot be written as UTF-8; as \udXXX it is still valid JSON
     lines = (json.dumps(row, ensure_ascii=False).encode("utf-8", "backslashreplace") + b"\n" for row in rows.values())
-    Path(path).write_bytes(b"".join(lines))
+    if rows:
+        Path(path).write_bytes(b"".join(lines))
     return len(rows)
 
 # %% ../../nbs/data/00_rows.ipynb #350e1737

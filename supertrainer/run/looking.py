@@ -47,7 +47,7 @@ def sample_rows(splits: Splits, wanted: int, show: Sequence[str] = ()) -> list[t
             found += [(label, row) for row in some_rows(part, count)]
             continue
         names = part["name"] if "name" in part.column_names else []
-        named = [names.index(name) for name in show if name in names][:count]
+        named = [at for name in show for at, own in enumerate(names) if own == name or own.startswith(f"{name} (")][:count]
         rest = [i for i in spread(len(part), count + len(named)) if i not in named]
         found += [(label, part[i]) for i in [*named, *rest][:count]]
     return found

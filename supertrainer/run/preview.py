@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SHOW', 'Tokens', 'Preview', 'parts_of', 'find_row', 'show_chat', 'show_text', 'show_preference',
-           'show_input', 'show_images', 'row_facts', 'show_row', 'has_turns', 'checks_of', 'facts_of', 'processor_for',
-           'preview']
+           'show_input', 'show_images', 'row_facts', 'show_row', 'has_turns', 'checks_of', 'facts_of', 'preview']
 
 # %% ../../nbs/run/08_preview.ipynb #6ee47c8b
 import sys
@@ -17,19 +16,19 @@ from typing import Any
 
 import datasets
 
-from ..chat import check_masks, check_terminator, check_vocabulary, end_of_turn, get_chat_template, has_markers
+from ..chat import check_masks, check_terminator, check_vocabulary, end_of_turn, has_markers
 from ..check import Check
 from ..config import StrictDict
-from ..data.base import Splits, load_splits, training_texts
+from ..data.base import Splits
 from ..data.encode import encode_split
 from ..data.vision import RowError, family_of
 from ..data.vision_batch import VisionEncoder, row_images
-from ..models.processor import load_processor, model_facts
+from ..models.processor import model_facts
 from ..report.preview import PreviewData, ShownRow, ShownText
 from ..report.preview_html import as_fragment, as_html, tokens_fragment
 from ..report.preview_terminal import as_text, image_runs, use_colour
 from .counting import efficiencies, measure_images, measure_texts, measure_tokens, rejection, sample_of
-from .recipes import CHECKED_ROWS, spread
+from .recipes import CHECKED_ROWS, load_tokenizer, read_splits, spread, with_data
 from .showing import shown_chat, shown_image, shown_input, shown_tags, shown_text, shown_vision
 from ..runtime import UserError, did_you_mean, no_bars, quiet
 
@@ -113,7 +112,7 @@ def find_row(parts: Mapping[str, Any], wanted: str) -> tuple[str, int]:
     rest = rest if prefix in parts and rest else str(wanted)
     named = [(str(found), name, at) for name, part in chosen.items() if "name" in part.column_names
              for at, found in enumerate(part["name"])]
-    exact = [(name, at) for found, name, at in named if found == rest]
+    exact = [(name, at) for found, name, at in named if found == rest or found.startswith(f"{rest} (")]
     if exact:
         return exact[0]
     name, part = next(iter(chosen.items()))
@@ -251,30 +250,24 @@ def facts_of(cfg: StrictDict, splits: Splits, processor: Any, kind: str) -> list
     return found
 
 # %% ../../nbs/run/08_preview.ipynb #d72b4290
-def processor_for(cfg: StrictDict, splits: Splits) -> Any:
-    """Return the tokenizer or processor that training would use, with the template that the configuration asks for."""
-    processor = load_processor(cfg.model.name, family=cfg.family, revision=cfg.model.revision,
-                               config=cfg.model.config.to_dict(), texts=training_texts(splits))
-    template = cfg.dataset.get("template")
-    return get_chat_template(processor, template) if template else processor
-
-
-def preview(cfg: StrictDict, rows: int = 5, row: str | int | Sequence[str | int] | None = None) -> Preview:
+def preview(cfg: StrictDict, rows: int = 5, row: str | int | Sequence[str | int] | None = None, *, data: Any = None,
+            eval_data: Any = None) -> Preview:
     """Return what `train(cfg)` would see, without loading a model or writing anything.
 
     Args:
         cfg: from `compose("train_llm", ...)`.
         rows: how many rows to show, spread over the training part.
         row: show these instead: names or 1-based numbers; `"eval:3"` is the third held-out row.
+        data, eval_data: rows of your own, as for `train`.
     Raises:
         UserError: the same as `train` would raise for the same data.
     """
     if not isinstance(cfg, Mapping) or "family" not in cfg:
         raise UserError('preview(cfg) takes a configuration: preview(compose("train_llm", "mode=toy")).')
-    cfg, started = cfg if isinstance(cfg, StrictDict) else StrictDict(cfg), time.perf_counter()
+    cfg, started = with_data(cfg if isinstance(cfg, StrictDict) else StrictDict(cfg), data), time.perf_counter()
     with no_bars(), quiet("transformers"):
-        splits = load_splits(cfg.family, cfg.dataset.to_dict(), cfg.seed)
-        processor = processor_for(cfg, splits)
+        splits = read_splits(cfg, data, eval_data)
+        processor = load_tokenizer(cfg, splits)
         found = _gather(cfg, splits, processor)
         found.rows = _rows(cfg, splits, processor, found.kind, rows, row)
         found.checks = list(checks_of(cfg, splits, processor, found.kind))
