@@ -2211,6 +2211,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                       'supertrainer/run/recipes.py'),
                                           'supertrainer.run.recipes.read_splits': ( 'run/recipes.html#read_splits',
                                                                                     'supertrainer/run/recipes.py'),
+                                          'supertrainer.run.recipes.require_positions': ( 'run/recipes.html#require_positions',
+                                                                                          'supertrainer/run/recipes.py'),
                                           'supertrainer.run.recipes.seen_warnings': ( 'run/recipes.html#seen_warnings',
                                                                                       'supertrainer/run/recipes.py'),
                                           'supertrainer.run.recipes.spread': ('run/recipes.html#spread', 'supertrainer/run/recipes.py'),

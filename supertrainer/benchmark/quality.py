@@ -272,7 +272,7 @@ def answer_samples(
 
     Args:
         engine: has `generate(conversations, sampling, images=None)` giving, per conversation, a `text`.
-        rows: mappings with `messages` (and an image column).
+        rows: mappings with `messages`, `tools` if the prompt offers some, and an image column if they have one.
         sampling: the engine's sampling options.
         when: `before` or `after` training; the key the answer gets.
         split: `train` or `held out`.
@@ -283,7 +283,8 @@ def answer_samples(
     """
     pairs = [split_answer(row["messages"]) for row in rows]
     images = None if image_column is None else [row[image_column] for row in rows]
-    completions = engine.generate([prompt for prompt, _ in pairs], sampling, images=images) if pairs else []
+    tools = {"tools": [row.get("tools") for row in rows]} if any(row.get("tools") for row in rows) else {}
+    completions = engine.generate([prompt for prompt, _ in pairs], sampling, images=images, **tools) if pairs else []
     return [
         {"input": last_question(prompt), "expected": expected, when: completion.text.strip(), "split": split}
         for (prompt, expected), completion in zip(pairs, completions, strict=True)

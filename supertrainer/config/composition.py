@@ -190,7 +190,7 @@ def _check_key(word: _Word, config: Mapping) -> str | None:
     """Return the problem of a value override's key, or None; adds Hydra's `++` where the key may be added."""
     place, _, last = word.key.rpartition(".")
     if _has(config, word.key):
-        if word.prefix == "+":
+        if word.prefix == "+" or (word.key in FREE and word.value.startswith("{") and not word.prefix):
             word.prefix = "++"
         return None
     if word.prefix == "~":

@@ -131,7 +131,8 @@ class Engine(Protocol):
     name: str
 
     def generate(self, conversations: Sequence[Sequence[Mapping]], sampling: Sampling | Mapping | None = None,
-                 images: Sequence | None = None, progress: bool = False) -> list[Completion]: ...
+                 images: Sequence | None = None, progress: bool = False, tools: Sequence | None = None,
+                 ) -> list[Completion]: ...
 
     def stream(self, conversation: Sequence[Mapping], sampling: Sampling | Mapping | None = None,
                images: Any = None) -> Iterator[str]: ...

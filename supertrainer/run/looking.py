@@ -108,7 +108,7 @@ def look_after(cfg: StrictDict, model: Any, tokenizer: Any, prepared: Prepared, 
     if cfg.family == "bert":
         results = look_at_labels(cfg, engine, splits)
     elif cfg.family == "llm":
-        results = look_at_chats(cfg, engine, model, tokenizer, prepared.held_out, prepared.train, splits, before)
+        results = look_at_chats(cfg, engine, model, tokenizer, prepared.held_out, prepared.rows, splits, before)
     else:
         results = look_at_images(cfg, engine, splits, folder)
     if cfg.benchmark.speed_rows and splits.kind != "text":
@@ -168,7 +168,8 @@ def look_at_chats(cfg: StrictDict, engine: HFEngine, model: Any, tokenizer: Any,
                               "perplexity": after["perplexity"]}
     if cfg.benchmark.rows and splits.kind == "chat":
         rows = [dict(row) for row in limited(cfg, held_out(splits))]
-        answers = engine.generate([quality.split_answer(row["messages"])[0] for row in rows], sampling_for(cfg), progress=True)
+        answers = engine.generate([quality.split_answer(row["messages"])[0] for row in rows], sampling_for(cfg),
+                                  progress=True, tools=[row.get("tools") for row in rows])
         scores |= quality.evaluate_generation(answers, rows)["scores"]
     asked = ask(engine, before.get("rows", []), sampling_for(cfg), "after")
     samples = quality.pair_samples(before["samples"], asked) if before.get("samples") else asked

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CHECKED_ROWS', 'SHOWN_ROWS', 'INSPECTED_ROWS', 'Prepared', 'prepare', 'spread', 'first_or_spread', 'with_data',
            'read_splits', 'load_tokenizer', 'prepare_texts', 'prepare_chats', 'cut_warnings', 'encoded_facts',
-           'batched', 'fit_to_model', 'model_checks', 'prepare_images', 'seen_warnings', 'image_facts',
-           'verification_rows']
+           'batched', 'fit_to_model', 'require_positions', 'model_checks', 'prepare_images', 'seen_warnings',
+           'image_facts', 'verification_rows']
 
 # %% ../../nbs/run/01_recipes.ipynb #864c3a69
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -53,6 +53,7 @@ class Prepared:
         loss_tokens: for a few rows, each token's text and whether it carries loss.
         extra: further arguments of the trainer.
         training_kwargs: values that the way of batching asks for.
+        rows: the encoded training rows one by one, where `train` holds them packed.
     """
 
     train: Any
@@ -67,9 +68,11 @@ class Prepared:
     rejected: list[Problem] = field(default_factory=list)
     facts: dict[str, Any] = field(default_factory=dict)
     training_kwargs: dict[str, Any] = field(default_factory=dict)
+    rows: Any = None
 
     def __post_init__(self) -> None:
         self.padded = self.padded or self.collator
+        self.rows = self.train if self.rows is None else self.rows
 
     @property
     def held_out(self) -> Any:
@@ -245,6 +248,17 @@ def fit_to_model(cfg: StrictDict, prepared: Prepared, model: Any) -> list[Check]
     prepared.collator = collator_for(way, model, prepared.padded.pad_token_id)
     rows = first_or_spread(prepared.eval, 4)
     return [check_packing(model, rows, prepared.collator)] if len(rows) > 1 else []
+
+
+def require_positions(cfg: StrictDict, prepared: Prepared, facts: ModelFacts) -> None:
+    """Raise a `UserError` if a row is longer than the model has positions for."""
+    columns = getattr(prepared.rows, "column_names", None) or []
+    if facts.positions is None or "input_ids" not in columns or not hasattr(prepared.rows, "__len__"):
+        return
+    longest = max(prepared.rows["length"][:] if "length" in columns else map(len, prepared.rows["input_ids"]), default=0)
+    if longest > facts.positions:
+        raise UserError(f"dataset.max_length={cfg.dataset.max_length}: {cfg.model.name} has positions for {facts.positions} "
+                        f"tokens, and the longest row has {longest}. Set dataset.max_length={facts.positions}.")
 
 
 def model_checks(processor: Any, facts: ModelFacts, stop_ids: Iterable[int] | None = None) -> list[Check]:

@@ -164,6 +164,7 @@ def train(cfg: StrictDict, from_run: str | None = None, *, data: Any = None, eva
         prepared = recipes.prepare(cfg, splits, processor)
         facts = model_facts(cfg.model.name, processor, family=cfg.family, revision=cfg.model.revision,
                             config=cfg.model.config.to_dict())
+        recipes.require_positions(cfg, prepared, facts)
         checks += [*prepared.checks, *recipes.model_checks(processor, facts)]
         _require_all(checks)
         with no_bars():

@@ -28,7 +28,7 @@ def proof_rows(dataset: Any, collate: Any, rows: int = 2, tries: int = 20) -> di
         rows: rows of a batch.
         tries: batches to look at.
     """
-    first = iter(dataset) if not hasattr(dataset, "__getitem__") else (dataset[i] for i in range(len(dataset)))
+    first = iter(dataset) if not hasattr(dataset, "__len__") else (dataset[i] for i in range(len(dataset)))
     for _ in range(tries):
         part = list(itertools.islice(first, rows))
         if not part:

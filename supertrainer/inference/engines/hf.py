@@ -85,11 +85,11 @@ class Prompts:
         self.processor, self.pad_token_id, self.device = processor, pad_token_id, device
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
 
-    def text(self, conversation: Sequence[Mapping[str, Any]]) -> str:
-        """Return the prompt, ending with the header of the assistant's turn."""
+    def text(self, conversation: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]] | None = None) -> str:
+        """Return the prompt, ending with the header of the assistant's turn; `tools` are what it may call."""
         if not conversation:
             raise UserError("A conversation has no turn.")
-        return render(self.processor, conversation, add_generation_prompt=True)
+        return render(self.processor, conversation, tools=tools, add_generation_prompt=True)
 
     def batch(self, texts: Sequence[str], images: Sequence[Sequence[Image.Image]]) -> dict[str, Tensor]:
         """Return left-padded inputs; either all rows have images or none."""
@@ -199,7 +199,7 @@ def pictures_of(conversations: Sequence[Sequence[Mapping[str, Any]]], images: Se
                         "give one, a list or None for each.")
     lists = [[] if own is None else list(own) if isinstance(own, (list, tuple)) else [own] for own in given]
     for number, (turns, own) in enumerate(zip(conversations, lists, strict=True), 1):
-        parts = [part for turn in turns if isinstance(turn["content"], (list, tuple)) for part in turn["content"]]
+        parts = [part for turn in turns if isinstance(turn.get("content"), (list, tuple)) for part in turn["content"]]
         places = sum(part.get("type") == "image" for part in parts)
         if places != len(own):
             raise UserError(f"conversation {number} has {places} places for an image and {len(own)} images; "
@@ -232,9 +232,10 @@ class HFEngine:
         self.generator = None if family == "bert" else Generator(model, processor, self.max_length)
 
     def generate(self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling | Mapping | None = None,
-                 images: Sequence[Any] | None = None, progress: bool = False) -> list[Completion]:
+                 images: Sequence[Any] | None = None, progress: bool = False,
+                 tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None) -> list[Completion]:
         """Answer conversations, in their order; see `generate` below."""
-        return generate(self._generator(), conversations, self._sampling(sampling), images, self.batch_size, progress)
+        return generate(self._generator(), conversations, self._sampling(sampling), images, self.batch_size, progress, tools)
 
     def stream(self, conversation: Sequence[Mapping[str, Any]], sampling: Sampling | Mapping | None = None,
                images: Any = None) -> Iterator[str]:
@@ -270,18 +271,21 @@ class HFEngine:
 
 # %% ../../../nbs/inference/engines/00_hf.ipynb #596aaf5f
 def generate(generator: Generator, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling,
-             images: Sequence[Any] | None, batch_size: int, progress: bool) -> list[Completion]:
+             images: Sequence[Any] | None, batch_size: int, progress: bool,
+             tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None) -> list[Completion]:
     """Answer conversations, in their order.
 
     Args:
         conversations: turns with `role` and `content`; an image stands as `{"type": "image"}` among the content.
         images: for each conversation its image, list of images or `None`.
         progress: show a bar.
+        tools: for each conversation the schemas of the tools it may call, or `None`.
     Raises:
         UserError: images that do not fit, or a prompt too long for the model.
     """
     pictures = pictures_of(conversations, images)
-    texts = [generator.prompts.text(turns) for turns in conversations]
+    offered = tools or [None] * len(conversations)
+    texts = [generator.prompts.text(turns, own) for turns, own in zip(conversations, offered, strict=True)]
     results: dict[int, Completion] = {}
     bar = tqdm(total=len(texts), desc="generating", unit="row", disable=not progress, dynamic_ncols=True)
     with bar, evaluating(generator.model, sampling.seed if sampling.do_sample else None):
