@@ -21,6 +21,9 @@ _NAMES = {
     "ConfigPicker": "supertrainer.widgets",
     **dict.fromkeys(("Check", "CheckLog"), "supertrainer.check"),
     "UserError": "supertrainer.runtime",
+    "get_chat_template": "supertrainer.chat",
+    **dict.fromkeys(("standardize_data_formats", "standardize_sharegpt"), "supertrainer.data.standardize"),
+    "train_on_responses_only": "supertrainer.trainers.responses",
 }
 __all__ = [*sorted(_NAMES), "register"]
 

@@ -1687,6 +1687,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                                                                              'supertrainer/models/processor.py'),
                                                'supertrainer.models.processor._generation_config': ( 'models/processor.html#_generation_config',
                                                                                                      'supertrainer/models/processor.py'),
+                                               'supertrainer.models.processor._head_folder': ( 'models/processor.html#_head_folder',
+                                                                                               'supertrainer/models/processor.py'),
                                                'supertrainer.models.processor._place': ( 'models/processor.html#_place',
                                                                                          'supertrainer/models/processor.py'),
                                                'supertrainer.models.processor.load_processor': ( 'models/processor.html#load_processor',

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import supertrainer
 from PIL import Image
 
 from supertrainer.check import Check
@@ -583,3 +585,17 @@ def test_a_wrong_option_is_told_before_rows_are_read(in_tmp, capsys):
     assert main(["preview", "+experiment=train_llm", "--html", "absent/page.html"]) == 2
     assert "no folder" in capsys.readouterr().err
     assert main(["preview", "+experiment=train_lm"]) == 2 and "train_llm" in capsys.readouterr().err
+
+
+def test_in_a_notebook_the_text_is_returned_and_not_shown_line_by_line(monkeypatch):
+    shown = []
+    monkeypatch.setattr("rich.console._is_jupyter", lambda: True)
+    monkeypatch.setattr("rich.jupyter.display", lambda *args: shown.append(args))
+    found = supertrainer.preview(supertrainer.compose("train_llm", "model=tiny_llama", "mode=sanity_check"), rows=1)
+    assert "Checks" in found.text(colour=False) and "Checks" in str(found) and not shown
+
+
+def test_rows_in_memory_are_called_rows_of_your_own():
+    rows = [{"prompt": f"Number {n}?", "completion": f"{n}."} for n in range(8)]
+    found = supertrainer.preview(supertrainer.compose("train_llm", "model=tiny_llama"), rows=1, data=rows)
+    assert "rows of your own" in found.text(colour=False) and "data, row 1" in found.text(colour=False)

@@ -6,31 +6,60 @@
 __all__ = ['load_processor', 'ModelFacts', 'model_facts']
 
 # %% ../../nbs/models/09_processor.ipynb #0b73b0fd
+import contextlib
+import json
 import os
+import shutil
+import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .builtin import make_config, make_processor, recipe
 from .catalogue import get_entry
-from .gguf import cache_is_whole, cache_root, check_gguf, quiet_loading
+from .gguf import CACHE_FORMAT, MANIFEST, cache_is_whole, cache_root, check_gguf, quiet_loading
 from .loading import hub_options, pick_family, say_why, space_before_words
 from .padding import choose_pad, get_tokenizer
 from .request import Request
 from .sources import Source, resolve
+from ..runtime import sha256
 
 # %% ../../nbs/models/09_processor.ipynb #1a234339
+def _head_folder(path: Path, key: str) -> Path:
+    """Return the folder with the tokenizer and the configuration of a GGUF file, made from its head if need be."""
+    folder = cache_root() / f"{key}-head"
+    if cache_is_whole(folder):
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f"{folder.name[:12]}.", suffix=".part", dir=folder.parent))
+    try:
+        with quiet_loading():
+            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
+            AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(work)
+        config.__dict__.pop("quantization_config", None)
+        config.save_pretrained(work)
+        files = {file.name: sha256(file) for file in sorted(work.iterdir())}
+        (work / MANIFEST).write_text(json.dumps({"format": CACHE_FORMAT, "source": path.name, "files": files}))
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(work, folder)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    return folder
+
+
 def _place(source: Source) -> tuple[str, dict[str, str]]:
     """Return what transformers loads from, and the GGUF file in it if there is one."""
     if not source.is_gguf:
         return str(source.path or source.name), {}
-    if source.kind == "catalogue":
-        folder = cache_root() / get_entry(source.name).sha256[source.path.name]
-        if cache_is_whole(folder):
-            return str(folder), {}
     check_gguf(source.path)
+    if source.kind == "catalogue":
+        key = get_entry(source.name).sha256[source.path.name]
+        with contextlib.suppress(OSError):  # a cache that cannot be written is done without
+            whole = cache_root() / key
+            return str(whole if cache_is_whole(whole) else _head_folder(source.path, key)), {}
     return str(source.path.parent), {"gguf_file": source.path.name}
 
 

@@ -44,7 +44,7 @@ class Page:
 
     def __init__(self, colour: bool, width: int) -> None:
         self.colour, self.width, self.lines = colour, max(40, width), []
-        self.console = Console(file=io.StringIO(), force_terminal=colour, no_color=not colour, width=self.width,
+        self.console = Console(file=io.StringIO(), force_jupyter=False, force_terminal=colour, no_color=not colour, width=self.width,
                                color_system="standard" if colour else None, legacy_windows=False, highlight=False)
 
     def add(self, *pieces: str | tuple[str, str], margin: str = "", first: str | None = None) -> None:

@@ -233,7 +233,8 @@ def checks_of(cfg: StrictDict, splits: Splits, processor: Any, kind: str) -> Ite
 def facts_of(cfg: StrictDict, splits: Splits, processor: Any, kind: str) -> list[tuple[str, str]]:
     """Return what is looked at as (name, value) pairs."""
     options, facts = cfg.dataset.to_dict(), splits.facts
-    sources = options.get("name") or options.get("path") or "a mix of sources"
+    sources = options.get("name") or options.get("path") or (
+        "a mix of sources" if options.get("mix") else "rows of your own")
     found = [("model", str(cfg.model.name)), ("data", ", ".join(map(str, sources)) if isinstance(sources, list) else str(sources)),
              ("rows", f"{kind}, read as {facts['format']}" if facts.get("format") else kind)]
     if facts.get("duplicates_removed"):
