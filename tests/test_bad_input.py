@@ -184,3 +184,74 @@ def test_images_and_places_differ(attempt, content, images):
     said = attempt({"data.jsonl": lines([*rows[:2], broken, *rows[2:]])}, "dataset=mllm/files", "dataset.path=data.jsonl",
                    base=SMALL_MLLM)
     says(said, "data.jsonl, line 3", "1", "image")
+
+
+# What rows need of a model: its template, its vocabulary, its padding.
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """A tiny chat model and its tokenizer, saved as anyone would save them."""
+    from supertrainer.models.base import FastModel
+
+    words = [f"What is number {n}? It is {n}." for n in range(12)]
+    model, tokenizer = FastModel.from_pretrained("tiny_llama", texts=words, config={"hidden_size": 32, "num_hidden_layers": 1})
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def changed(saved, folder, template=True, **values):
+    """Copy the model with other values in its tokenizer's or its own configuration."""
+    import shutil
+
+    shutil.copytree(saved, folder)
+    if not template:
+        (folder / "chat_template.jinja").unlink()
+    for name in ("tokenizer_config.json", "config.json"):
+        content = json.loads((folder / name).read_text())
+        content.update({key: value for key, value in values.items() if key in content})
+        (folder / name).write_text(json.dumps({key: value for key, value in content.items() if value is not ...}))
+    return folder
+
+
+FROM_FOLDER = ["experiment=train_llm", "model.lora=null"]
+
+
+def test_a_model_without_a_template_is_told_a_likely_one(attempt, saved, tmp_path_factory):
+    folder = changed(saved, tmp_path_factory.mktemp("x") / "plain", template=False)
+    says(attempt({"data.jsonl": lines(chats())}, "dataset.path=data.jsonl", f"model.name={folder}", base=FROM_FOLDER),
+         "no chat template", "dataset.template=chatml")
+
+
+def test_a_vocabulary_larger_than_the_embedding(attempt, saved, tmp_path_factory):
+    folder = changed(saved, tmp_path_factory.mktemp("x") / "small", vocab_size=100)
+    says(attempt({"data.jsonl": lines(chats())}, "dataset.path=data.jsonl", f"model.name={folder}", base=FROM_FOLDER),
+         "every token has a row in the embedding", "100", "resize_token_embeddings")
+
+
+def test_no_token_of_the_whole_set_can_be_trained(attempt):
+    rows = [{"messages": [{"role": "user", "content": f"Number {n}?"}, {"role": "assistant", "content": f"{n}", "train": False}]}
+            for n in range(10)]
+    says(attempt({"data.jsonl": lines(rows)}, "dataset.path=data.jsonl"), "None of the", "data.jsonl, line", "none of its")
+
+
+def test_a_template_that_never_ends_a_turn(attempt):
+    template = ("{% for message in messages %}{{ message['role'] + ': ' + message['content'] + '\\n' }}{% endfor %}"
+                "{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}")
+    says(attempt({"data.jsonl": lines(chats()), "endless.jinja": template}, "dataset.path=data.jsonl",
+                 "dataset.template=endless.jinja"), "stop")
+
+
+@pytest.mark.parametrize("pad", ["<|im_end|>", ...], ids=["pad is eos", "no pad"])
+def test_padding_that_would_hide_the_end_of_a_turn_is_replaced_and_the_end_trained(saved, tmp_path, pad):
+    from supertrainer import compose, train
+
+    folder = changed(saved, tmp_path / "model", pad_token=pad)
+    (tmp_path / "data.jsonl").write_text(lines(chats()))
+    run = train(compose("train_llm", f"model.name={folder}", "model.lora=null", f"dataset.path={tmp_path / 'data.jsonl'}",
+                        "mode=sanity_check", f"run.root={tmp_path / 'runs'}"))
+    assert run.tokenizer.pad_token_id != run.tokenizer.convert_tokens_to_ids("<|im_end|>") and not run.checks.failed
+    trained = [token["text"] for token in run.results["loss_tokens"][0] if token["trained"]]
+    assert trained[-1] == "<|im_end|>"

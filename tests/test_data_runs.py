@@ -190,3 +190,28 @@ def test_rows_longer_than_the_model_has_positions_for_are_refused_before_it_load
     with pytest.raises(UserError, match="positions for 64 tokens.*Set dataset.max_length=64"):
         run(f"dataset.path={write(tmp_path / 'rows.jsonl', rows)}", "model.config.max_position_embeddings=64", "seed=3")
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("batching", ["padded", "padding_free"])
+def test_images_train_in_both_ways_of_batching(tmp_path, batching):
+    finished = train(compose("train_mllm", "mode=sanity_check", f"dataset.batching={batching}", f"run.root={tmp_path}"))
+    assert not finished.checks.failed and finished.results["facts"]["batching"]["way"] == batching
+
+
+def test_chats_about_several_images_train(tmp_path):
+    import base64
+    import io
+
+    from PIL import Image
+
+    def picture(shade):
+        buffer = io.BytesIO()
+        Image.new("L", (16, 16), shade).save(buffer, "PNG")
+        return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+
+    rows = [{"messages": [{"role": "user", "content": "<image><image> Same?" if n % 3 else "Are you there?"},
+                          {"role": "assistant", "content": "yes" if n % 2 else "no"}],
+             "images": [picture(n), picture(0)] if n % 3 else []} for n in range(24)]
+    finished = train(compose("train_mllm", "mode=sanity_check", f"run.root={tmp_path}",
+                             f"dataset.path={write(tmp_path / 'rows.jsonl', rows)}"))
+    assert finished.results["facts"]["format"] == "messages" and not finished.checks.failed

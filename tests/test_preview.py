@@ -11,10 +11,9 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-
-import supertrainer
 from PIL import Image
 
+import supertrainer
 from supertrainer.check import Check
 from supertrainer.cli import main
 from supertrainer.config import compose
