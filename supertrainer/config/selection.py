@@ -92,6 +92,8 @@ FIELDS = (
     Field("dataset.limit.train", "rows to train", "Data", "number", "at most this many rows", "all"),
     Field("dataset.limit.eval", "rows to eval", "Data", "number", "at most this many held-out rows", "all"),
     Field("dataset.max_length", "max length", "Data", "number", "tokens a row may have; longer rows are cut", "model's"),
+    Field("dataset.batching", "batching", "Data", "choice", "how rows fill a batch: grouped by length, padded, or packed",
+          choices=("length_grouped", "padded", "padding_free", "packed")),
     Field(f"{_TRAINING}.learning_rate", "learning rate", "Training", "number", "at its highest, after the warm-up"),
     Field(f"{_TRAINING}.num_train_epochs", "epochs", "Training", "number", "times through the training rows"),
     Field(f"{_TRAINING}.max_steps", "max steps", "Training", "number", "overrules epochs; -1: as many as the epochs need"),
