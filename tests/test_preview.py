@@ -598,3 +598,13 @@ def test_rows_in_memory_are_called_rows_of_your_own():
     rows = [{"prompt": f"Number {n}?", "completion": f"{n}."} for n in range(8)]
     found = supertrainer.preview(supertrainer.compose("train_llm", "model=tiny_llama"), rows=1, data=rows)
     assert "rows of your own" in found.text(colour=False) and "data, row 1" in found.text(colour=False)
+
+
+def test_rows_that_training_would_stop_at_are_said(tmp_path):
+    rows = [{"prompt": f"Number {n}?", "completion": f"{n}."} for n in range(20)]
+    rows[5]["prompt"] = "word " * 300
+    told = "Rows that cannot be used: 1. Training stops at them"
+    words = ["model=tiny_llama", "dataset.max_length=64"]
+    assert told in supertrainer.preview(supertrainer.compose("train_llm", *words), data=rows).text(colour=False, width=200)
+    allowed = supertrainer.preview(supertrainer.compose("train_llm", *words, "dataset.max_rejects=1"), data=rows)
+    assert told not in allowed.text(colour=False, width=200) and allowed.rejected_total == 1

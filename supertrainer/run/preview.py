@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['PARTS', 'SHOW', 'Tokens', 'Preview', 'parts_of', 'find_row', 'show_chat', 'show_text', 'show_preference',
-           'show_input', 'show_images', 'row_facts', 'show_row', 'has_turns', 'checks_of', 'facts_of', 'preview']
+           'show_input', 'show_images', 'row_facts', 'show_row', 'has_turns', 'checks_of', 'facts_of', 'preview',
+           'over_budget']
 
 # %% ../../nbs/run/08_preview.ipynb #6ee47c8b
 import sys
@@ -276,6 +277,16 @@ def preview(cfg: StrictDict, rows: int = 5, row: str | int | Sequence[str | int]
     return found
 
 # %% ../../nbs/run/08_preview.ipynb #28f154f7
+def over_budget(options: Mapping[str, Any], rejected: Sequence[Any], parts: Sequence[Any]) -> list[str]:
+    """Return a warning if `train` would stop at the rejected rows."""
+    budget = options.get("max_rejects") or 0
+    allowed = budget if isinstance(budget, int) else int(budget * sum(part.rows or 0 for part in parts))
+    if len(rejected) <= allowed:
+        return []
+    return [f"Rows that cannot be used: {len(rejected)}. Training stops at them before a model loads: mend them, or set "
+            f"dataset.max_rejects={len(rejected)} (now {budget})."]
+
+
 def _gather(cfg: StrictDict, splits: Splits, processor: Any) -> Preview:
     """Return the preview with its counts."""
     kind, options, labels = splits.kind, cfg.dataset.to_dict(), splits.labels or ()
@@ -289,7 +300,7 @@ def _gather(cfg: StrictDict, splits: Splits, processor: Any) -> Preview:
             parts, lost = [*parts, counted], [*lost, *left_out]
     rejected = [*map(rejection, splits.rejected), *lost]  # of a stream they are known once it has been read
     streamed = [f"The rows are streamed; the figures are over the first {parts[0].measured:,} of them."]
-    warnings = [*splits.warnings, *(streamed if options.get("streaming") else [])]
+    warnings = [*splits.warnings, *(streamed if options.get("streaming") else []), *over_budget(options, rejected, parts)]
     return Preview(str(cfg.experiment or cfg.family), cfg.family, kind, facts_of(cfg, splits, processor, kind), parts=parts,
                    max_length=options.get("max_length"), rejected=rejected[:20], rejected_total=len(rejected),
                    warnings=warnings, efficiency=efficiencies(cfg, parts[0], kind),
