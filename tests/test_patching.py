@@ -265,11 +265,13 @@ def test_row_losses_against_float64(monkeypatch, dtype, rows, vocab):
     (expected * weights).sum().backward()
     losses = row_losses(logits, targets)
     (losses * weights.to(losses.dtype)).sum().backward()
-    close = {"rtol": 1e-12, "atol": 1e-12} if dtype == torch.float64 else {"rtol": 2e-6, "atol": 2e-6}
-    torch.testing.assert_close(losses.double(), expected, **close, msg=f"seed {seed}")
     epsilon = torch.finfo(dtype).eps
+    # logsumexp(x) - x[target] loses up to an epsilon of the computing type times the largest logit, and exp() passes that on
+    computed = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32).eps
+    lost = 3 * computed * max(1.0, float(logits.detach().abs().max()) if logits.numel() else 1.0)
+    torch.testing.assert_close(losses.double(), expected, rtol=4 * computed, atol=lost, msg=f"seed {seed}")
     torch.testing.assert_close(logits.grad.double(), wide.grad, rtol=max(2 * epsilon, 1e-5 * (epsilon > 1e-10)),
-                               atol=max(epsilon / 4, 1e-12), msg=f"seed {seed}")
+                               atol=max(epsilon / 4, lost), msg=f"seed {seed}")
 
 
 def test_pieces_do_not_change_a_bit(monkeypatch):
