@@ -26,6 +26,7 @@ from transformers import (
 from transformers.models.idefics3 import Idefics3Config, Idefics3ForConditionalGeneration
 
 from supertrainer import patching
+from supertrainer.kernels import cross_entropy
 from supertrainer.patching import (
     masked_loss,
     own_loss,
@@ -250,10 +251,148 @@ def test_only_the_loss_rows_reach_the_output_embedding():
     assert seen == [(1, int((batch["labels"][:, 1:] != -100).sum()), 67)]
 
 
+@pytest.fixture
+def fused(monkeypatch):
+    """The rows of each call of the fused loss."""
+    calls = []
+    plain = patching.linear_cross_entropy
+    monkeypatch.setattr(patching, "linear_cross_entropy",
+                        lambda hidden, *args, **kwargs: calls.append(len(hidden)) or plain(hidden, *args, **kwargs))
+    return calls
+
+
+def head_rows(model, batch):
+    """How many rows the model's own head multiplies in one step; looked at from inside, where no hook is."""
+    head, seen = model.get_output_embeddings(), []
+
+    class Watched(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is F.linear and args[1] is head.weight:
+                seen.append(args[0].shape[:-1].numel())
+            return func(*args, **(kwargs or {}))
+
+    with Watched():
+        loss = masked_loss(model, batch)
+    return seen, loss
+
+
+def test_a_plain_head_is_fused_and_multiplies_one_row_itself(fused):
+    model, batch = llama(), batch_of()
+    rows = int((batch["labels"][:, 1:] != -100).sum())
+    first, loss = head_rows(model, batch)
+    second, again = head_rows(model, batch)
+    assert first == [rows] and second == [1] and fused == [rows, rows]
+    assert torch.equal(loss, again)  # the look at all rows changes nothing
+    for _ in range(2):
+        assert_same_step(model, batch, num_items=19)
+    weighted = {**batch, "loss_weights": torch.rand(batch["labels"].shape)}
+    torch.testing.assert_close(masked_loss(model, weighted), own_loss(model, weighted))
+
+
+@pytest.mark.parametrize("make", [gemma2, granite])
+def test_logits_that_the_model_changes_are_found_out_at_once(make, fused):
+    model, batch = make(), batch_of()
+    for _ in range(2):
+        assert_same_step(model, batch)
+    assert len(fused) == 1 and not patches(model)  # tried once, never again; still by rows
+
+
+def test_dropout_draws_the_same_numbers_where_fusing_was_tried_in_vain():
+    torch.manual_seed(0)
+    model = gemma2()
+    model.config.attention_dropout = 0.5
+    for layer in model.model.layers:
+        layer.self_attn.attention_dropout = 0.5
+    assert all(check.passed for check in prove_masked_loss(model, batch_of()))
+
+
+class Changes(LlamaForCausalLM):
+    """Does something to its logits, in a way that can be switched."""
+
+    how = "nothing"
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids=input_ids, **kwargs)
+        if self.how == "in place":
+            outputs.logits.mul_(2.0)
+        elif self.how == "one word":
+            outputs.logits[..., 3] = -1e4
+        elif self.how == "a copy in float32":
+            outputs.logits = outputs.logits.to(torch.float32, copy=True)
+        if labels is not None:
+            outputs.loss = self.loss_function(outputs.logits, labels, self.config.vocab_size)
+        return outputs
+
+
+@pytest.mark.parametrize("how,dtype,trusted", [("nothing", torch.float32, True), ("in place", torch.float32, False),
+                                               ("one word", torch.float32, False), ("in place", torch.bfloat16, False),
+                                               ("a copy in float32", torch.bfloat16, True)])
+def test_what_counts_as_a_change(how, dtype, trusted, fused):
+    torch.manual_seed(0)
+    model, batch = Changes(LlamaConfig(**SHAPE)).to(dtype), batch_of()
+    model.lm_head.weight.requires_grad_(False)
+    model.how = how
+    own = model(**batch).loss.item()
+    for _ in range(2):
+        assert masked_loss(model, batch).item() == pytest.approx(own, rel=1e-5 if dtype == torch.float32 else 1e-2)
+    assert len(fused) == (2 if trusted else 1) and not patches(model)
+
+
+@pytest.mark.parametrize("dtype,trained,wanted", [(torch.bfloat16, True, 0), (torch.bfloat16, False, 1), (torch.float32, True, 1)])
+def test_a_trained_16_bit_head_is_not_fused(dtype, trained, wanted, fused):
+    model = llama().to(dtype)
+    model.lm_head.weight.requires_grad_(trained)
+    masked_loss(model, batch_of()).backward()
+    assert len(fused) == wanted
+
+
+def test_a_model_that_begins_to_change_its_logits_later(fused):
+    torch.manual_seed(0)
+    model, batch = Changes(LlamaConfig(**SHAPE)), batch_of()
+    for _ in range(2):
+        assert_same_step(model, batch)
+    model.how = "in place"
+    for _ in range(2):
+        assert masked_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert len(fused) == 3 and not patches(model)
+
+
+def test_a_head_that_others_hold_is_left_to_the_model(fused):
+    batch = batch_of()
+    model = get_peft_model(llama(), LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"]))
+    assert_same_step(model, batch)
+    for register in ("register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"):
+        model = llama()
+        getattr(model.get_output_embeddings(), register)(lambda *args: None)
+        assert_same_step(model, batch)
+    model = llama()
+    head = model.get_output_embeddings()
+    head.forward = lambda hidden: F.linear(hidden, head.weight) * 1.0  # as accelerate's offloading does
+    assert_same_step(model, batch)
+    model = llama()
+    torch.nn.utils.parametrizations.weight_norm(model.get_output_embeddings())
+    assert_same_step(model, batch)
+    with torch.inference_mode():
+        masked_loss(llama(), batch)
+    assert not fused
+
+
+def test_autocast_inside_the_models_own_forward(fused):
+    """As accelerate does it: outside of the forward there is no autocast to be found."""
+    model, batch = llama(), batch_of()
+    plain = model.forward
+    model.forward = torch.autocast("cpu", torch.bfloat16)(plain)
+    for _ in range(2):
+        loss = masked_loss(model, batch)
+        assert loss.item() == pytest.approx(model(**batch).loss.item(), rel=2e-3)
+    loss.backward()
+    assert fused and all(p.grad.dtype == torch.float32 for p in model.parameters())
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("rows,vocab", [(1, 1), (7, 31), (64, 257), (0, 5)])
 def test_row_losses_against_float64(monkeypatch, dtype, rows, vocab):
-    monkeypatch.setattr(patching, "CHUNK_ELEMENTS", 300)  # several pieces
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", 300)  # several pieces
     seed = torch.seed() % 2**31
     generator = torch.Generator().manual_seed(seed)
     logits = (torch.randn(rows, vocab, generator=generator, dtype=torch.float64) * 8).to(dtype).requires_grad_()
@@ -277,7 +416,7 @@ def test_row_losses_against_float64(monkeypatch, dtype, rows, vocab):
 def test_pieces_do_not_change_a_bit(monkeypatch):
     logits, targets = torch.randn(50, 91), torch.randint(0, 91, (50,))
     whole = row_losses(logits, targets)
-    monkeypatch.setattr(patching, "CHUNK_ELEMENTS", 91 * 7)
+    monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", 91 * 7)
     assert torch.equal(row_losses(logits, targets), whole)
 
 
