@@ -215,3 +215,18 @@ def test_chats_about_several_images_train(tmp_path):
     finished = train(compose("train_mllm", "mode=sanity_check", f"run.root={tmp_path}",
                              f"dataset.path={write(tmp_path / 'rows.jsonl', rows)}"))
     assert finished.results["facts"]["format"] == "messages" and not finished.checks.failed
+
+
+def test_the_end_of_a_turn_is_checked_whatever_else_is_known_and_only_where_there_is_a_template():
+    from types import SimpleNamespace
+
+    from supertrainer.models.base import FastModel
+    from supertrainer.models.processor import ModelFacts
+    from supertrainer.run.recipes import check_embedding, check_stops
+
+    model, tokenizer = FastModel.from_pretrained("tiny_llama", texts=["some text"], config={"hidden_size": 32, "num_hidden_layers": 1})
+    assert check_embedding(tokenizer, ModelFacts("llama", None, (), None)) == []
+    assert [check.passed for check in check_stops(tokenizer, model, "chat")] == [True]
+    model.generation_config.eos_token_id = None
+    assert [check.passed for check in check_stops(tokenizer, model, "chat")] == [False]
+    assert check_stops(tokenizer, model, "text") == [] == check_stops(SimpleNamespace(chat_template=None), model, "chat")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'LOADERS', 'load_model', 'resolved', 'open_folder', 'check_repetition', 'partial_epoch', 'fit',
-           'noting_failure', 'train', 'log_rows', 'stops_of', 'save']
+           'noting_failure', 'train', 'log_rows', 'save']
 
 # %% ../../nbs/run/03_training.ipynb #acde2082
 import contextlib
@@ -165,15 +165,14 @@ def train(cfg: StrictDict, from_run: str | None = None, *, data: Any = None, eva
         facts = model_facts(cfg.model.name, processor, family=cfg.family, revision=cfg.model.revision,
                             config=cfg.model.config.to_dict())
         recipes.require_positions(cfg, prepared, facts)
-        checks += [*prepared.checks, *recipes.model_checks(processor, facts)]
+        checks += [*prepared.checks, *recipes.check_embedding(processor, facts)]
         _require_all(checks)
         with no_bars():
             model = load_model(cfg, splits, processor)
         run = open_folder(cfg, model, splits, from_run)
         with noting_failure(run):
             write_rejects([*splits.rejected, *prepared.rejected], run.dir / "rejects.jsonl")
-            fitted = recipes.model_checks(processor, facts, stops_of(model))[1:] if splits.kind == "chat" else []
-            checks += [*fitted, *recipes.fit_to_model(cfg, prepared, model)]
+            checks += [*recipes.check_stops(processor, model, splits.kind), *recipes.fit_to_model(cfg, prepared, model)]
             run.checks.add(*checks)
             _require_all(checks)
             results = _learn(run, model, processor, prepared, splits, clock)
@@ -190,12 +189,6 @@ def log_rows(cfg: StrictDict, splits: Splits) -> None:
     counted = splits.facts.get("rows") or {}
     log.info("%s: %s rows to learn from, %s held out", cfg.dataset.name or cfg.dataset.path or "rows of your own",
              counted.get("train") or "streamed", counted.get("eval"))
-
-
-def stops_of(model: Any) -> list[int]:
-    """Return the token ids at which a model's generation stops."""
-    stops = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    return [] if stops is None else [stops] if isinstance(stops, int) else list(stops)
 
 
 def _require_all(checks: list[Check]) -> None:
