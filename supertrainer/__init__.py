@@ -15,7 +15,9 @@ from .registry import register, register_lazy
 
 # %% ../nbs/62_facade.ipynb #98f1ca12
 _NAMES = {
-    **dict.fromkeys(("FastModel", "FastBERT", "FastLLM", "FastMLLM"), "supertrainer.models"),
+    "FastModel": "supertrainer.models.base", "FastBERT": "supertrainer.models.bert",
+    "FastLLM": "supertrainer.models.llm", "FastMLLM": "supertrainer.models.mllm",
+    **dict.fromkeys(("patch_model", "plain"), "supertrainer.patching"),
     **dict.fromkeys(("train", "infer", "benchmark", "preview", "Run"), "supertrainer.run"),
     **dict.fromkeys(("compose", "StrictDict"), "supertrainer.config"),
     "ConfigPicker": "supertrainer.widgets",

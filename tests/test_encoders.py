@@ -41,7 +41,7 @@ from supertrainer.models.bert import FastBERT
 from supertrainer.models.builtin import train_byte_bpe, train_wordpiece
 from supertrainer.models.info import info, task_of
 from supertrainer.models.llm import FastLLM
-from supertrainer.models.loading import space_before_words
+from supertrainer.models.padding import space_before_words
 from supertrainer.runtime import UserError
 from supertrainer.trainers.base import build_trainer
 from supertrainer.trainers.bert import class_weights_for

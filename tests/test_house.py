@@ -94,3 +94,12 @@ def test_functions_and_modules_of_one_name_live_together():
     )
     done = run(sys.executable, "-W", "ignore", "-c", code)
     assert done.returncode == 0, done.stderr
+
+
+def test_every_name_of_the_facade_is_there():
+    code = ("import supertrainer\n"
+            "for name in supertrainer.__all__:\n"
+            "    assert callable(getattr(supertrainer, name)), name\n"
+            "from supertrainer import FastBERT, FastLLM, FastMLLM, FastModel\n")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

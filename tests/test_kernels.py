@@ -175,6 +175,118 @@ def test_fused_loss_and_every_gradient_against_the_formula(small_pieces, seed, o
     assert_step(seed, *make(41, 67, 13, dtype), dtype, reduction=reduction, **options)
 
 
+def make_pairs(rows, vocabulary, ranks, dtype):
+    return [tuple(torch.randn(size, rank, dtype=torch.float64).to(dtype).requires_grad_() for size in (rows, vocabulary))
+            for rank in ranks]
+
+
+@pytest.mark.parametrize("options", [VARIANTS[0], VARIANTS[-1]], ids=str)
+@pytest.mark.parametrize("reduction", ["sum", "mean", "none"])
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("chunk_rows", [None, 5])
+def test_pairs_add_their_product_and_get_their_gradients(seed, options, reduction, dtype, chunk_rows):
+    hidden, weight, targets, bias, weights = make(41, 67, 13, dtype)
+    pairs = make_pairs(41, 67, (3, 1), dtype)
+    leaves = [hidden, weight, bias, weights, *(side for pair in pairs for side in pair)]
+    h, w, b, r, *flat = wide = widened(*leaves)
+    logits = F.linear(h, w, b) + flat[0] @ flat[1].T + flat[2] @ flat[3].T
+    losses = explicit(logits, targets, **options) * r
+    expected = losses if reduction == "none" else losses.sum() / (1 if reduction == "sum" else (targets != -100).sum())
+    got = fused(hidden, weight, targets, bias, pairs=pairs, weights=weights, reduction=reduction, chunk_rows=chunk_rows,
+                **options)
+    # logits of all products are rounded once for each product
+    loose = {torch.bfloat16: torch.float16, torch.float16: torch.float16}.get(dtype, dtype)
+    TOLERANCE_HERE = {torch.bfloat16: 8e-2, torch.float16: 1e-2}.get(dtype, TOLERANCE[loose])
+    arriving = torch.rand(expected.shape, dtype=torch.float64) + 0.5
+    wanted = torch.autograd.grad(expected, wide, arriving)
+    found = torch.autograd.grad(got, leaves, arriving.to(got.dtype))
+    for leaf, one, two in zip(leaves, found, wanted, strict=True):
+        assert one.dtype == leaf.dtype and one.shape == leaf.shape
+        bound = TOLERANCE_HERE * max(two.abs().max().item(), 0.1)
+        torch.testing.assert_close(one.double(), two, rtol=TOLERANCE_HERE, atol=bound, msg=lambda text: f"seed {seed}: {text}")
+    bound = TOLERANCE_HERE * max(expected.abs().max().item(), 0.1)
+    torch.testing.assert_close(got.detach().double(), expected.detach(), rtol=TOLERANCE_HERE, atol=bound)
+
+
+def test_pairs_under_gradcheck_and_in_the_reference(seed):
+    hidden, weight, targets, bias, _ = make(7, 5, 3)
+    (left, right), = make_pairs(7, 5, (2,), torch.float64)
+    for reduction in ("sum", "none"):
+        function = lambda h, w, b, one, two: fused(h, w, targets, b, pairs=[(one, two)], reduction=reduction,  # noqa: E731, B023
+                                                   softcap=4.0, chunk_rows=2)
+        assert torch.autograd.gradcheck(function, (hidden, weight, bias, left, right))
+        near(fused(hidden, weight, targets, bias, pairs=[(left, right)], reduction=reduction).detach(),
+             linear_cross_entropy_reference(hidden, weight, targets, bias, pairs=[(left, right)], reduction=reduction).detach(),
+             torch.float64, seed)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_a_weight_given_by_a_function_is_asked_for_and_not_kept(seed, reduction):
+    hidden, weight, targets, bias, _ = make(23, 37, 8, weights=False)
+    (left, right), = make_pairs(23, 37, (2,), torch.float64)
+    calls = []
+
+    def dense():
+        calls.append(1)
+        return weight.detach().float().double()
+
+    leaves = (hidden, bias, left, right)
+    wanted = fused(hidden, weight.detach().float().double(), targets, bias, pairs=[(left, right)], reduction=reduction)
+    got = fused(hidden, dense, targets, bias, pairs=[(left, right)], reduction=reduction)
+    assert torch.equal(got, wanted) and len(calls) == 1
+    for one, two in zip(torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(wanted.sum(), leaves), strict=True):
+        assert torch.equal(one, two)
+    assert len(calls) == (1 if reduction == "sum" else 2)
+    with pytest.raises(IndexError, match="0 to 36"):
+        fused(hidden, dense, targets.clamp(min=0) + 37, bias)
+    near(selected_log_probabilities(hidden, dense, targets).detach(),
+         -linear_cross_entropy_reference(hidden, dense, targets, reduction="none").detach(), torch.float64, seed)
+
+
+def test_what_does_not_fit_a_pair_is_said():
+    hidden, weight, targets, _, _ = make(6, 5, 4, torch.float32)
+    for pair in ((torch.zeros(6, 2), torch.zeros(5, 3)), (torch.zeros(6), torch.zeros(5))):
+        with pytest.raises(ValueError, match="each pair"):
+            fused(hidden, weight, targets, pairs=[pair])
+    for pair in ((torch.zeros(5, 2), torch.zeros(5, 2)), (torch.zeros(6, 2), torch.zeros(4, 2))):
+        with pytest.raises(ValueError, match="6 positions and 5 words"):
+            fused(hidden, weight, targets, pairs=[pair])
+
+
+@pytest.mark.parametrize("rows", [9, 40])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_trained_16_bit_weight_takes_all_rows_at_once_or_adds_up_in_float32(small_pieces, seed, rows, dtype):
+    hidden, weight, targets, _, _ = make(rows, 300, 8, dtype, masked=0)
+    with Created() as created:
+        fused(hidden, weight, targets).backward()
+    tall = [shapes[0] for shapes in created.matmuls if shapes[0][0] == 300]
+    assert tall[0][1] <= 2 * 8 and len(tall) == -(-rows // 16)
+    h, w = widened(hidden, weight)
+    linear_cross_entropy_reference(h, w, targets).backward()
+    near(weight.grad, w.grad, dtype, seed)
+    near(hidden.grad, h.grad, dtype, seed)
+
+
+def test_nothing_of_float32_is_as_large_as_a_trained_bfloat16_weight_in_one_chunk():
+    hidden, weight, targets, _, _ = make(9, 400, 8, torch.bfloat16, masked=0)
+    large = []
+
+    class Watched(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            result = func(*args, **(kwargs or {}))
+            for value in result if isinstance(result, (tuple, list)) else (result,):
+                if isinstance(value, torch.Tensor) and value.dtype == torch.float32 and value.shape == weight.shape:
+                    large.append(func)
+            return result
+
+    with Watched():
+        fused(hidden, weight, targets).backward()
+    assert not large
+    with Watched():
+        fused(hidden, weight, targets, chunk_rows=4).backward()
+    assert large  # the measure measures
+
+
 @pytest.mark.parametrize("rows,vocabulary,features,chunk_rows", [(1, 1, 1, None), (1, 9, 3, 1), (5, 3, 17, 2),
                                                                  (30, 7, 1, 29), (17, 257, 33, 1000)])
 @pytest.mark.parametrize("bias,weights", [(True, False), (False, True), (False, False)])
@@ -405,6 +517,22 @@ def test_selected_log_probabilities(seed, options):
         near(one, two, torch.float64, seed)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "none"])
+def test_through_torch_compile(seed, reduction):
+    hidden, weight, targets, bias, _ = make(23, 37, 8, torch.float32, weights=False)
+    (left, right), = make_pairs(23, 37, (2,), torch.float32)
+    leaves = (hidden, weight, bias, left, right)
+
+    def step(h, w, b, one, two):
+        return fused(h * 2, w, targets, b, pairs=[(one, two)], reduction=reduction, softcap=9.0).sum() * 3
+
+    wanted = step(*leaves)
+    got = torch.compile(step, backend="aot_eager")(*leaves)
+    near(got.detach(), wanted.detach(), torch.float32, seed)
+    for one, two in zip(torch.autograd.grad(got, leaves), torch.autograd.grad(wanted, leaves), strict=True):
+        near(one, two, torch.float32, seed)
+
+
 # --- the Triton version, in its interpreter; the environment must know before triton is imported
 
 INTERPRETED = r"""
@@ -438,6 +566,24 @@ for reduction in ("sum", "none"):
 first = torch.full((2, 9000), float("-inf")); first[:, -2:] = torch.tensor([1.0, 2.0])  # whole blocks of -inf come first
 losses = t.row_losses(first, torch.tensor([8999, 8998]))
 torch.testing.assert_close(losses, torch.tensor([0.3132617, 1.3132617]))
+# the third row lies beyond what 32 bits can count, though the stride fits; untouched pages of the store cost nothing
+gap = 2**31 - 64
+try:
+    store = torch.empty(2 * gap + 8, dtype=torch.bfloat16)
+except RuntimeError:
+    store = None
+if store is not None:
+    far, near = store.as_strided((3, 8), (gap, 1)), torch.randn(3, 8).bfloat16()
+    far.copy_(near)
+    settings, targets, grads = t.RowLoss(softcap=3.0), torch.tensor([1, 7, 0]), torch.rand(3)
+    wanted, slopes = torch.empty_like(near), far
+    losses, _ = t.row_step(near, targets, settings, row_grads=grads, slopes=wanted)
+    got, _ = t.row_step(far, targets, settings, row_grads=grads, slopes=slopes)
+    assert torch.equal(got, losses) and torch.equal(far, wanted)
+    wide = store.as_strided((1, 3), (1, gap))  # and columns likewise
+    wide.copy_(near[:1, :3])
+    assert torch.equal(t.row_step(wide, targets[2:], settings)[0], t.row_step(near[:1, :3], targets[2:], settings)[0])
+    print("far apart")
 print("launches", len(launches))
 """
 
@@ -468,8 +614,24 @@ def test_the_triton_version_in_its_interpreter(seed):
     done = in_a_new_process(INTERPRETED, seed, Path(__file__).parent)
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-3000:]}"
     assert int(done.stdout.split()[-1]) > 50  # it was the Triton version
+    assert "far apart" in done.stdout or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16 * 2**30
 
 
 def test_the_triton_version_compiles_for_a_gpu(tmp_path):
     done = in_a_new_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
+
+
+# --- the benchmark of the loss
+
+
+@pytest.mark.parametrize("head", ["frozen", "trained"])
+def test_the_benchmark_measures_the_same_loss_three_ways(tmp_path, head):
+    script = Path(__file__).parent.parent / "benchmarks/linear_cross_entropy.py"
+    table = tmp_path / "table.md"
+    done = subprocess.run([sys.executable, script, "--only", f"tiny-{head}-fp32", "--rounds", "1", "--repeats", "1", "--output",
+                           table], capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert done.returncode == 0, done.stderr[-2000:]
+    rows = [line.split("|") for line in table.read_text().splitlines() if f"| {head} |" in line]
+    assert [row[4].strip() for row in rows] == ["torch", "masked rows", "fused"]
+    assert len({row[-2] for row in rows}) == 1 and float(rows[0][-2]) > 1

@@ -21,6 +21,7 @@ from supertrainer.models.gguf import cache_root
 from supertrainer.models.llm import FastLLM
 from supertrainer.models.mllm import FastMLLM
 from supertrainer.models.sources import resolve
+from supertrainer.patching import plain
 from supertrainer.runtime import UserError
 
 TEXTS = ["What does `textwrap.dedent` do?", "Remove any common leading whitespace from every line in text.",
@@ -446,7 +447,9 @@ def test_a_saved_adapter_goes_on_from_its_base(llama, tmp_path):
     save(tmp_path / "adapter", adapted, llama["tokenizer"])
     again, tokenizer = FastModel.from_pretrained(tmp_path / "adapter", dtype="float32")
     batch = batch_of("llm", tokenizer)
-    assert torch.equal(logits_of(again, batch), logits_of(adapted, batch)) and info(again).family == "llm"
+    torch.testing.assert_close(logits_of(again, batch), logits_of(adapted, batch))
+    with plain(again), plain(adapted):  # kernels may round by where a tensor lies in memory, the models' own code does not
+        assert torch.equal(logits_of(again, batch), logits_of(adapted, batch)) and info(again).family == "llm"
 
 
 # The base afresh

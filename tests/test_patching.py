@@ -10,8 +10,8 @@ import torch.nn.functional as F
 import transformers
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import (
-    BertConfig,
-    BertForMaskedLM,
+    CohereConfig,
+    CohereForCausalLM,
     Gemma2Config,
     Gemma2ForCausalLM,
     GraniteConfig,
@@ -27,6 +27,7 @@ from transformers.models.idefics3 import Idefics3Config, Idefics3ForConditionalG
 
 from supertrainer import patching
 from supertrainer.kernels import cross_entropy
+from supertrainer.kernels.cross_entropy import row_losses
 from supertrainer.patching import (
     masked_loss,
     own_loss,
@@ -34,8 +35,8 @@ from supertrainer.patching import (
     plain_model,
     project_loss_rows,
     prove_masked_loss,
-    row_losses,
 )
+from supertrainer.patching.head import LogitChange, find_change
 
 SHAPE = {"vocab_size": 67, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
@@ -255,10 +256,15 @@ def test_only_the_loss_rows_reach_the_output_embedding():
 def fused(monkeypatch):
     """The rows of each call of the fused loss."""
     calls = []
-    plain = patching.linear_cross_entropy
-    monkeypatch.setattr(patching, "linear_cross_entropy",
+    plain = patching.loss.linear_cross_entropy
+    monkeypatch.setattr(patching.loss, "linear_cross_entropy",
                         lambda hidden, *args, **kwargs: calls.append(len(hidden)) or plain(hidden, *args, **kwargs))
     return calls
+
+
+def watch(model):
+    """What the masked loss knows of the model's logits."""
+    return patching.loss._WATCHES[plain_model(model)]
 
 
 def head_rows(model, batch):
@@ -289,12 +295,76 @@ def test_a_plain_head_is_fused_and_multiplies_one_row_itself(fused):
     torch.testing.assert_close(masked_loss(model, weighted), own_loss(model, weighted))
 
 
-@pytest.mark.parametrize("make", [gemma2, granite])
-def test_logits_that_the_model_changes_are_found_out_at_once(make, fused):
-    model, batch = make(), batch_of()
+def cohere():
+    return CohereForCausalLM(CohereConfig(**SHAPE, logit_scale=0.0625))
+
+
+def with_large_logits(make, dtype=torch.float32):
+    """A model whose cap is felt: the logits of a fresh one are so small that no cap bends them."""
+    torch.manual_seed(3)
+    model = make()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(20.0)
+    return model.to(dtype)
+
+
+@pytest.mark.parametrize("make,wanted", [(gemma2, LogitChange(softcap=5.0)), (granite, LogitChange(1 / 3)),
+                                         (cohere, LogitChange(0.0625)), (llama, LogitChange())])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_a_model_does_to_its_logits_is_found_and_fused(make, wanted, dtype, fused):
+    model, batch = with_large_logits(make, dtype), batch_of()
+    rows = int((batch["labels"][:, 1:] != -100).sum())
+    seen = [head_rows(model, batch)[0] for _ in range(3)]
+    assert seen == [[rows], [1], [1]] and len(fused) == 3 and not patches(model)
+    assert watch(model).change == wanted
+    if dtype == torch.float32:
+        assert_same_step(model, batch, num_items=23)
+        weighted = {**batch, "loss_weights": torch.rand(batch["labels"].shape)}
+        torch.testing.assert_close(masked_loss(model, weighted), own_loss(model, weighted))
+    assert all(check.passed for check in prove_masked_loss(model, batch))
+
+
+def test_a_cap_that_is_felt_later_is_found_then():
+    model, batch = gemma2().bfloat16(), batch_of()  # 8 bits do not show the cap of 5 on logits of 0.3
+    masked_loss(model, batch)
+    assert watch(model).change == LogitChange()
+    with torch.no_grad():
+        model.get_output_embeddings().weight.mul_(30.0)
     for _ in range(2):
-        assert_same_step(model, batch)
-    assert len(fused) == 1 and not patches(model)  # tried once, never again; still by rows
+        assert masked_loss(model, batch).item() == pytest.approx(own_loss(model, batch).item(), rel=4e-3)
+        assert watch(model).change == LogitChange(softcap=5.0)
+    assert not watch(model).given_up
+
+
+def test_a_model_that_keeps_changing_its_mind_is_left_alone(fused):
+    torch.manual_seed(0)
+    model, batch = Changes(LlamaConfig(**SHAPE)), batch_of()
+    model.how = "times"
+    for step in range(8):
+        model.factor = 1.5 + step
+        assert masked_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert watch(model).given_up and not patches(model)
+    tried = len(fused)
+    masked_loss(model, batch)
+    assert len(fused) == tried
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_changes_are_found_from_logits_alone(dtype):
+    seed = torch.seed() % 2**31
+    generator = torch.Generator().manual_seed(seed)
+    raw = (torch.randn(20, 700, generator=generator, dtype=torch.float64) * 9).to(dtype)
+    for change in (LogitChange(), LogitChange(0.3), LogitChange(1 / 7), LogitChange(softcap=30.0), LogitChange(0.25, 50.0)):
+        for logits in (change(raw), change(raw).float()):
+            found = find_change(raw, logits)
+            assert found.softcap == change.softcap, f"seed {seed}"
+            assert found.scale == pytest.approx(change.scale, rel=torch.finfo(dtype).eps / 8), f"seed {seed}"
+    others = {"a bias": raw + 0.5, "squares": raw.square(), "a banned word": raw.index_fill(1, torch.tensor([3]), -1e4),
+              "minus infinity": raw.index_fill(1, torch.tensor([3]), float("-inf")), "another sign": -raw,
+              "another row": raw.roll(1, 0), "clamped": raw.clamp(-6, 6), "one row": raw * torch.linspace(1, 1.2, 20)[:, None],
+              "nothing": raw * 0}
+    for name, logits in others.items():
+        assert find_change(raw, logits.to(dtype)) is None, f"{name}, seed {seed}"
 
 
 def test_dropout_draws_the_same_numbers_where_fusing_was_tried_in_vain():
@@ -315,6 +385,8 @@ class Changes(LlamaForCausalLM):
         outputs = super().forward(input_ids=input_ids, **kwargs)
         if self.how == "in place":
             outputs.logits.mul_(2.0)
+        elif self.how == "times":
+            outputs.logits = outputs.logits * self.factor
         elif self.how == "one word":
             outputs.logits[..., 3] = -1e4
         elif self.how == "a copy in float32":
@@ -324,8 +396,8 @@ class Changes(LlamaForCausalLM):
         return outputs
 
 
-@pytest.mark.parametrize("how,dtype,trusted", [("nothing", torch.float32, True), ("in place", torch.float32, False),
-                                               ("one word", torch.float32, False), ("in place", torch.bfloat16, False),
+@pytest.mark.parametrize("how,dtype,trusted", [("nothing", torch.float32, True), ("in place", torch.float32, True),
+                                               ("one word", torch.float32, False), ("in place", torch.bfloat16, True),
                                                ("a copy in float32", torch.bfloat16, True)])
 def test_what_counts_as_a_change(how, dtype, trusted, fused):
     torch.manual_seed(0)
@@ -336,10 +408,12 @@ def test_what_counts_as_a_change(how, dtype, trusted, fused):
     for _ in range(2):
         assert masked_loss(model, batch).item() == pytest.approx(own, rel=1e-5 if dtype == torch.float32 else 1e-2)
     assert len(fused) == (2 if trusted else 1) and not patches(model)
+    assert watch(model).change == (None if not trusted else LogitChange(2.0) if how == "in place" else LogitChange())
 
 
-@pytest.mark.parametrize("dtype,trained,wanted", [(torch.bfloat16, True, 0), (torch.bfloat16, False, 1), (torch.float32, True, 1)])
-def test_a_trained_16_bit_head_is_not_fused(dtype, trained, wanted, fused):
+@pytest.mark.parametrize("dtype,trained,wanted", [(torch.bfloat16, True, 1), (torch.float16, True, 0),
+                                                  (torch.float16, False, 1), (torch.float32, True, 1)])
+def test_a_trained_float16_head_is_not_fused(dtype, trained, wanted, fused):
     model = llama().to(dtype)
     model.lm_head.weight.requires_grad_(trained)
     masked_loss(model, batch_of()).backward()
@@ -354,13 +428,105 @@ def test_a_model_that_begins_to_change_its_logits_later(fused):
     model.how = "in place"
     for _ in range(2):
         assert masked_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert len(fused) == 5 and not patches(model)  # one row did not fit, all rows were looked at, and then one again
+    assert watch(model).change == LogitChange(2.0)
+
+
+ADAPTERS = {"LoRA": {}, "rsLoRA": {"use_rslora": True}, "with a bias": {"lora_bias": True},
+            "dropout": {"lora_dropout": 0.4}, "a saved copy": {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}}
+
+
+def adapted(model=None, **options):
+    torch.manual_seed(5)
+    return get_peft_model(model or llama(), LoraConfig(**{"r": 4, "init_lora_weights": False,
+                                                          "target_modules": ["lm_head", "q_proj"], **options}))
+
+
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_on_the_head_is_fused(name, fused):
+    model, batch = adapted(**ADAPTERS[name]).eval(), batch_of()
+    for step in range(2):
+        assert_same_step(model, batch)
+        assert len(fused) == step + 1
+    model.train()
+    assert all(check.passed for check in prove_masked_loss(model, batch)) and patches(model)[-1].kept
+    with model.disable_adapter():
+        total, count = reference(model, batch)
+        assert masked_loss(model, batch).item() == pytest.approx(total.item() / count, rel=1e-5)
+
+
+def test_adapters_on_the_head_are_switched_added_and_merged_between_steps(fused):
+    model, batch = adapted().eval(), batch_of()
+    model.add_adapter("second", LoraConfig(r=2, init_lora_weights=False, target_modules=["lm_head"], lora_alpha=32))
+    losses = []
+    for names in ("default", "second", ["default", "second"]):
+        model.base_model.set_adapter(names)
+        assert_same_step(model, batch)
+        losses.append(masked_loss(model, batch).item())
+    assert len({round(loss, 4) for loss in losses}) == 3
+    model.merge_adapter()
+    assert masked_loss(model, batch).item() == pytest.approx(losses[-1], rel=1e-5)
+    tried = len(fused)
+    with model.disable_adapter():  # PEFT unmerges when it is called, so only PEFT can do it
+        total, count = reference(model, batch)
+        assert masked_loss(model, batch).item() == pytest.approx(total.item() / count, rel=1e-5)
+    assert tried == 7 and not patches(model)
+
+
+def test_a_saved_copy_follows_the_active_adapter(fused):
+    model, batch = adapted(target_modules=["q_proj"], modules_to_save=["lm_head"]), batch_of()
+    model.add_adapter("second", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"], modules_to_save=["lm_head"]))
+    model.add_adapter("third", LoraConfig(r=2, init_lora_weights=False, target_modules=["q_proj"]))
+    with torch.no_grad():
+        model.get_output_embeddings().modules_to_save["second"].weight.mul_(1.5)
+    for name in ("default", "second", "third"):
+        model.set_adapter(name)
+        assert_same_step(model, batch)
     assert len(fused) == 3 and not patches(model)
+
+
+def test_what_an_adapter_cannot_be_read_from_is_left_to_peft(fused):
+    batch = batch_of()
+    assert_same_step(adapted(use_dora=True), batch)
+    for inside in ("base_layer", "lora_B.default"):
+        model = adapted()
+        model.get_output_embeddings().get_submodule(inside).register_forward_hook(lambda *args: None)
+        assert_same_step(model, batch)
+    assert not fused
+
+
+def test_an_adapter_under_autocast_and_in_16_bits(fused):
+    batch = batch_of()
+    for dtype in (torch.float32, torch.bfloat16):
+        model = adapted(llama().to(dtype))
+        with torch.autocast("cpu", torch.bfloat16):
+            loss, own = masked_loss(model, batch), own_loss(model, batch)
+        wanted = gradients(model, own)
+        for name, grad in gradients(model, loss).items():
+            assert grad.dtype == torch.float32
+            torch.testing.assert_close(grad, wanted[name], rtol=0.05, atol=0.03 * wanted[name].abs().max().item())
+        assert loss.item() == pytest.approx(own.item(), rel=4e-3)
+    assert len(fused) == 2
+
+
+def test_a_4_bit_head(fused):
+    bnb = pytest.importorskip("bitsandbytes")
+    model = llama()
+    layer = bnb.nn.Linear4bit(32, 67, bias=False, quant_type="nf4", compute_dtype=torch.float32)
+    layer.weight = bnb.nn.Params4bit(model.lm_head.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    model.lm_head = layer.to("cpu")
+    batch = batch_of()
+    for _ in range(2):
+        assert_same_step(model, batch, rtol=1e-3)
+    assert len(fused) == 2
+    assert_same_step(adapted(model), batch, rtol=1e-3)
+    assert len(fused) == 3 and not patches(model)
+    layer.weight.quant_state.packing_format_for_cpu = True  # as after a pass without gradients on some CPUs
+    assert patching.head.read_head(layer) is None
 
 
 def test_a_head_that_others_hold_is_left_to_the_model(fused):
     batch = batch_of()
-    model = get_peft_model(llama(), LoraConfig(r=4, init_lora_weights=False, target_modules=["lm_head", "q_proj"]))
-    assert_same_step(model, batch)
     for register in ("register_forward_pre_hook", "register_forward_hook", "register_full_backward_hook"):
         model = llama()
         getattr(model.get_output_embeddings(), register)(lambda *args: None)
@@ -431,9 +597,6 @@ def test_a_masked_row_stays_out_even_if_it_is_not_finite():
 def test_what_cannot_be_masked_uses_the_models_own_loss_and_says_why():
     torch.manual_seed(0)
     batch = batch_of()
-    encoder = BertForMaskedLM(BertConfig(vocab_size=67, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
-                                         intermediate_size=32, hidden_dropout_prob=0, attention_probs_dropout_prob=0))
-    torch.testing.assert_close(masked_loss(encoder, batch), encoder(**batch).loss)
     seq2seq = T5ForConditionalGeneration(T5Config(vocab_size=67, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
                                                   decoder_start_token_id=0, dropout_rate=0.0))
     torch.testing.assert_close(masked_loss(seq2seq, batch), seq2seq(**batch).loss)
@@ -441,6 +604,62 @@ def test_what_cannot_be_masked_uses_the_models_own_loss_and_says_why():
     own = llama()
     own.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
     torch.testing.assert_close(masked_loss(own, batch), own(**batch).loss)
+
+
+def masked_words(name):
+    torch.manual_seed(0)
+    tiny = {"vocab_size": 67, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32,
+            "pad_token_id": 0}
+    if name == "DistilBert":
+        tiny = {"vocab_size": 67, "dim": 16, "hidden_dim": 32, "n_layers": 2, "n_heads": 2, "dropout": 0.0,
+                "attention_dropout": 0.0}
+    elif name == "ModernBert":
+        tiny |= {"bos_token_id": 1, "eos_token_id": 2, "cls_token_id": 1, "sep_token_id": 2}
+    else:
+        tiny |= {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return getattr(transformers, name + "ForMaskedLM")(getattr(transformers, name + "Config")(**tiny))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", ["Bert", "Roberta", "ModernBert", "DistilBert", "Electra"])
+def test_masked_words_are_judged_by_their_own_label_and_the_others_not_projected(name, dtype, fused):
+    model, batch = masked_words(name).to(dtype), batch_of(share=0.15)
+    rows = int((batch["labels"] != -100).sum())
+    own = model(**batch).loss
+    wanted = gradients(model, own)
+    assert head_rows(model, batch)[0] == [rows] and head_rows(model, batch)[0] == [1] and fused == [rows, rows]
+    loss = masked_loss(model, batch)
+    rtol = 1e-4 if dtype == torch.float32 else 0.05
+    assert loss.item() == pytest.approx(own.item(), rel=rtol) and not patches(model)
+    got = gradients(model, loss)
+    assert got.keys() == wanted.keys()
+    for key, grad in wanted.items():
+        torch.testing.assert_close(got[key], grad, rtol=rtol, atol=rtol * grad.abs().max().item() + 1e-7, msg=key)
+    torch.testing.assert_close(masked_loss(model, batch, 50), loss * (rows / 50))
+    weighted = {**batch, "loss_weights": torch.rand(batch["labels"].shape)}
+    torch.testing.assert_close(masked_loss(model, weighted), own_loss(model, weighted), rtol=rtol, atol=rtol)
+    checks = prove_masked_loss(model, batch)
+    assert len(checks) == 2 and all(check.passed for check in checks) and patches(model)[-1].kept, list(map(str, checks))
+
+
+@pytest.mark.parametrize("make", [llama, gemma2, lambda: masked_words("Bert")], ids=["llama", "gemma2", "bert"])
+def test_label_smoothing_and_z_loss(make):
+    model, batch = make(), batch_of()
+    targets = batch["labels"] if not patching.loss.shifts_labels(model) else patching.next_labels(batch["labels"])
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"]).logits.double().flatten(0, 1)
+    wanted = F.cross_entropy(logits, targets.flatten(), label_smoothing=0.2)
+    wanted = wanted + 0.01 * torch.logsumexp(logits, -1).square()[targets.flatten() != -100].mean()
+    for loss_of in (own_loss, masked_loss, masked_loss):
+        assert loss_of(model, batch, label_smoothing=0.2, z_loss=0.01).item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_label_smoothing_of_an_encoder_decoder():
+    torch.manual_seed(0)
+    model = T5ForConditionalGeneration(T5Config(vocab_size=67, d_model=16, d_kv=8, d_ff=32, num_layers=1, num_heads=2,
+                                                decoder_start_token_id=0, dropout_rate=0.0))
+    batch = batch_of()
+    wanted = F.cross_entropy(model(**batch).logits.flatten(0, 1), batch["labels"].flatten(), label_smoothing=0.2)
+    torch.testing.assert_close(masked_loss(model, batch, label_smoothing=0.2), wanted)
 
 
 def test_soft_prompts_fall_back():
@@ -549,3 +768,113 @@ def test_plain_model_looks_through_wrappers():
     wrapped = torch.nn.Module()
     wrapped.module = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj"]))
     assert plain_model(wrapped) is model
+
+
+# --- the proof on the whole model, with swapped modules
+
+
+def doubled(module, *args):
+    return 2 * type(module).forward(module, *args)
+
+
+def same(module, *args):
+    return type(module).forward(module, *args)
+
+
+def swap(model, name, kernel, function):
+    patches(model).swap(plain_model(model).get_submodule(name), function)
+    patches(model).append(patching.Patch(name, kernel, 0.0, True, "proven"))
+
+
+def verdicts(model):
+    return {patch.kernel: patch.kept for patch in patches(model)}
+
+
+def test_a_kernel_that_is_wrong_is_taken_back_and_the_others_stay():
+    model, batch = llama(), batch_of()
+    swap(model, "model.layers.0.mlp", "good", same)
+    swap(model, "model.layers.0.input_layernorm", "wrong", doubled)
+    swap(model, "model.layers.1.input_layernorm", "wrong", doubled)
+    checks = prove_masked_loss(model, batch)
+    assert [check.passed for check in checks[2:]] == [True, True] and not all(check.passed for check in checks[:2])
+    assert len({check.name for check in checks}) == 4 and "without wrong" in checks[2].name
+    assert verdicts(model) == {"good": True, "wrong": False, patching.KERNEL: True}
+    assert "failed" in patches(model)[1].reason
+    assert "forward" not in vars(model.model.layers[0].input_layernorm) and "forward" in vars(model.model.layers[0].mlp)
+    torch.testing.assert_close(masked_loss(model, batch), llama()(**batch).loss)
+
+
+def test_two_wrong_kernels_are_both_taken_back():
+    model, batch = llama(), batch_of()
+    swap(model, "model.layers.0.mlp", "wrong", doubled)
+    swap(model, "model.norm", "also wrong", doubled)
+    checks = prove_masked_loss(model, batch)
+    assert checks[-1].passed and verdicts(model) == {"wrong": False, "also wrong": False, patching.KERNEL: True}
+    assert not patches(model).swapped
+
+
+def test_where_the_loss_is_wrong_the_swapped_modules_stay():
+    torch.manual_seed(0)
+    model, batch = Biased(LlamaConfig(**SHAPE)), batch_of()
+    swap(model, "model.layers.0.mlp", "good", same)
+    checks = prove_masked_loss(model, batch)
+    assert verdicts(model) == {"good": True, patching.KERNEL: False} and checks[-1].passed
+    torch.testing.assert_close(masked_loss(model, batch), model(**batch).loss)
+
+
+def test_both_wrong():
+    torch.manual_seed(0)
+    model, batch = Biased(LlamaConfig(**SHAPE)), batch_of()
+    swap(model, "model.layers.0.mlp", "good", same)
+    swap(model, "model.norm", "wrong", doubled)
+    checks = prove_masked_loss(model, batch)
+    assert verdicts(model) == {"good": True, "wrong": False, patching.KERNEL: False}
+    assert [check.passed for check in checks[2:]] == [True, True]
+
+
+def test_swapped_modules_are_proven_where_the_loss_is_the_models_own():
+    model, batch = llama(), batch_of()
+    model.loss_function = lambda logits, labels, vocab_size, **kwargs: logits.float().square().mean()
+    swap(model, "model.norm", "wrong", doubled)
+    checks = prove_masked_loss(model, batch)
+    assert not checks[0].passed and checks[-1].passed and verdicts(model) == {"wrong": False}
+
+
+def drops_more(module, x):
+    return F.dropout(F.dropout(type(module).forward(module, x), 0.3, module.training), 0.3, module.training)
+
+
+def test_a_swapped_module_that_draws_other_random_numbers_is_compared_without_them():
+    model, batch = llama(), batch_of()
+    model.model.layers[0].mlp.dropout = torch.nn.Dropout(0.3)  # what the kernel reads its probability from
+    swap(model, "model.layers.0.mlp", "drops", drops_more)
+    assert all(check.passed for check in prove_masked_loss(model, batch)) and model.model.layers[0].mlp.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_everything_patched_is_within_the_limits(dtype):
+    model, batch = adapted(llama().to(dtype), target_modules="all-linear"), batch_of()
+    patching.patch_model(model, batch)
+    checks = prove_masked_loss(model, batch)
+    assert len(checks) == 2 and all(check.passed for check in checks), list(map(str, checks))
+    assert len(patches(model).swapped) > 4
+
+
+class Codebooks(LlamaForCausalLM):
+    """A model with labels of three dimensions, as music models have."""
+
+    def forward(self, input_ids=None, labels=None, **kwargs):
+        return super().forward(input_ids=input_ids, labels=None if labels is None else labels[..., 0], **kwargs)
+
+
+def test_labels_of_three_dimensions_are_the_models_own_affair():
+    torch.manual_seed(0)
+    model = Codebooks(LlamaConfig(vocab_size=61, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
+                                  num_attention_heads=2))
+    ids = torch.randint(0, 61, (2, 7))
+    batch = {"input_ids": ids, "labels": ids[..., None]}
+    expected = model(**batch).loss
+    assert expected > 1
+    torch.testing.assert_close(masked_loss(model, batch), expected)
+    torch.testing.assert_close(own_loss(model, batch), expected)
+    assert "not one for each token" in model.patches[-1].reason

@@ -7,7 +7,7 @@ __all__ = ['CHUNK_ELEMENTS', 'linear_cross_entropy_reference', 'chunks', 'linear
            'is_plain_linear']
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #ceef65de
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,11 +19,15 @@ from .cross_entropy import (
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #2fc46708
 def linear_cross_entropy_reference(
-        hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, weights: Tensor | None = None,
-        reduction: str = "sum", num_items: Tensor | float | None = None, ignore_index: int = -100,
-        softcap: float | None = None, scale: float = 1.0, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
+        hidden: Tensor, weight: Tensor | Callable[[], Tensor], targets: Tensor, bias: Tensor | None = None, *,
+        pairs: Sequence[tuple[Tensor, Tensor]] = (), weights: Tensor | None = None, reduction: str = "sum",
+        num_items: Tensor | float | None = None, ignore_index: int = -100, softcap: float | None = None,
+        scale: float = 1.0, label_smoothing: float = 0.0, z_loss: float = 0.0) -> Tensor:
     """Return what `linear_cross_entropy` returns, with PyTorch's operations only and all logits at once."""
+    weight = weight if isinstance(weight, Tensor) else weight().to(hidden.dtype)
     logits = torch.nn.functional.linear(hidden, weight, bias)
+    for left, right in pairs:
+        logits = logits + torch.nn.functional.linear(left, right).to(logits.dtype)
     losses = row_losses_reference(logits, targets, RowLoss(ignore_index, softcap, scale, label_smoothing, z_loss))
     if weights is not None:
         losses = losses * weights
@@ -36,9 +40,15 @@ def linear_cross_entropy_reference(
 CHUNK_ELEMENTS = 1 << 24  # logits alive at once: 32 MB in bfloat16, 64 MB in float32
 
 
-def chunks(rows: int, vocabulary: int, chunk_rows: int | None = None) -> Iterator[slice]:
-    """Yield the slices of rows that are multiplied together; `chunk_rows` bounds them instead of the element budget."""
-    limit = max(1, CHUNK_ELEMENTS // max(1, vocabulary)) if chunk_rows is None else chunk_rows
+def chunks(rows: int, vocabulary: int, chunk_rows: int | None = None, trained: int = 0) -> Iterator[slice]:
+    """Yield the slices of rows that are multiplied together.
+
+    Args:
+        rows, vocabulary: the shape of the logits.
+        chunk_rows: bounds a slice instead of the element budget.
+        trained: the columns of a weight whose gradient is wanted in 16 bits; 0: there is none.
+    """
+    limit = max(1, CHUNK_ELEMENTS // max(1, vocabulary), 2 * trained) if chunk_rows is None else chunk_rows
     size = -(-rows // max(1, -(-rows // limit)))
     for start in range(0, rows, max(1, size)):
         yield slice(start, min(rows, start + size))
@@ -51,93 +61,121 @@ class _Plan:
     chunk_rows: int | None
     reduce: bool  # one number, not one per row
     training: bool  # whether anything will ask for gradients
+    weight: Callable[[], Tensor] | None  # where it is not kept as a tensor
 
 
-def _matmul_type(hidden: Tensor, weight: Tensor) -> torch.dtype:
-    kind = hidden.device.type
-    if torch.is_autocast_enabled(kind) and torch.float64 not in (hidden.dtype, weight.dtype):
+def _matmul_type(hidden: Tensor, weight: Tensor | Callable[[], Tensor]) -> torch.dtype:
+    kind, types = hidden.device.type, {hidden.dtype, getattr(weight, "dtype", hidden.dtype)}
+    if torch.is_autocast_enabled(kind) and torch.float64 not in types:
         return torch.get_autocast_dtype(kind)
-    if hidden.dtype != weight.dtype:
+    if len(types) > 1:
         raise TypeError(f"hidden states are {hidden.dtype} but the weight is {weight.dtype}; cast one of them, or use "
                         "torch.autocast")
     return hidden.dtype
 
 
-def _checked(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, weights: Tensor | None) -> None:
-    if hidden.ndim != 2 or weight.ndim != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [rows, features] and weight [vocabulary, features], but they are "
-                         f"{list(hidden.shape)} and {list(weight.shape)}")
-    for name, value in (("targets", targets), ("weights", weights)):
+def _checked(hidden: Tensor, bias: Tensor | None, rows: dict[str, Tensor | None],
+             products: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Raise where shapes do not fit: `rows` hold one value each per row of `hidden`, `products` are added up."""
+    words = None if bias is None else len(bias)
+    for left, right in products:
+        if left.ndim != 2 or right.ndim != 2 or left.shape[1] != right.shape[1]:
+            raise ValueError("hidden must be [rows, features] and weight [vocabulary, features], and likewise each pair, "
+                             f"but here are {list(left.shape)} and {list(right.shape)}")
+        words = len(right) if words is None else words
+        if len(left) != len(hidden) or len(right) != words or (bias is not None and bias.ndim != 1):
+            raise ValueError(f"hidden and each pair's first have one row per position, weight, bias and each pair's second "
+                             f"one value per word, but of {len(hidden)} positions and {words} words there are "
+                             f"{len(left)} and {len(right)}")
+    for name, value in rows.items():
         if value is not None and value.shape != hidden.shape[:1]:
             raise ValueError(f"{name} must have one value per row, [{len(hidden)}], but its shape is {list(value.shape)}")
-    if bias is not None and bias.shape != weight.shape[:1]:
-        raise ValueError(f"bias must be [{len(weight)}], one value per word, but its shape is {list(bias.shape)}")
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #923ed156
 class _Gradients:
     """The gradients of one call as they add up, chunk by chunk; `None` for what nobody asked for."""
 
-    def __init__(self, rows: Tensor, weight: Tensor, hidden: bool, weights: bool, bias: bool) -> None:
-        wide = wide_type(rows.dtype)
-        self.hidden = torch.empty_like(rows) if hidden else None
-        self.weight = torch.zeros(weight.shape, dtype=wide, device=rows.device) if weights else None
-        self.bias = torch.zeros(len(weight), dtype=wide, device=rows.device) if bias else None
+    def __init__(self, plan: _Plan, lefts: list[Tensor], rights: list[Tensor], wanted: Sequence[bool],
+                 given: Sequence[torch.dtype], whole: bool) -> None:
+        wide, self.whole = wide_type(plan.dtype), whole
+        self.lefts = [torch.empty_like(left) if want else None
+                      for left, want in zip(lefts, wanted[1::2], strict=True)]
+        self.rights = [torch.zeros(right.shape, dtype=dtype if self._final(plan, dtype) else wide, device=right.device)
+                       if want else None for right, want, dtype in zip(rights, wanted[2::2], given, strict=True)]
+        self.bias = torch.zeros(len(rights[0]), dtype=wide, device=rights[0].device) if wanted[0] else None
 
-    def __bool__(self) -> bool:
-        return not (self.hidden is None and self.weight is None and self.bias is None)
+    def _final(self, plan: _Plan, dtype: torch.dtype) -> bool:
+        """Return whether one product is the gradient; in float16 a sum could overflow before it is divided."""
+        return self.whole and dtype == plan.dtype != torch.float16
 
-    def add(self, piece: slice, rows: Tensor, slopes: Tensor, weight: Tensor) -> None:
-        """Add what the rows of `piece` contribute: `rows` [chunk, features], `slopes` [chunk, vocabulary]."""
-        if self.hidden is not None:
-            torch.mm(slopes, weight, out=self.hidden[piece])
+    def all(self) -> list[Tensor | None]:
+        """Return the gradients in the order of the inputs: bias, then left and right of each product."""
+        return [self.bias, *(grad for pair in zip(self.lefts, self.rights, strict=True) for grad in pair)]
+
+    def add(self, piece: slice, lefts: list[Tensor], rights: list[Tensor], slopes: Tensor) -> None:
+        """Add what the rows of `piece` contribute: `lefts` [kept, k], `rights` [vocabulary, k], `slopes` [chunk, vocabulary]."""
         if self.bias is not None:
             self.bias += slopes.sum(0, dtype=self.bias.dtype)
-        if self.weight is None:
-            return
-        if slopes.dtype == self.weight.dtype:
-            self.weight.addmm_(slopes.t(), rows)
-            return
-        step = max(1, (1 << 22) // max(1, rows.shape[1]))  # the product is 16-bit: add it up in strips
-        for start in range(0, len(self.weight), step):
-            strip = slice(start, start + step)
-            self.weight[strip] += slopes[:, strip].t() @ rows
+        for left, right, of_left, of_right in zip(lefts, rights, self.lefts, self.rights, strict=True):
+            if of_left is not None:
+                torch.mm(slopes, right, out=of_left[piece])
+            if of_right is not None:
+                self._add_right(of_right, slopes, left[piece])
+
+    def _add_right(self, total: Tensor, slopes: Tensor, left: Tensor) -> None:
+        if self.whole and slopes.dtype == total.dtype:
+            torch.mm(slopes.t(), left, out=total)
+        elif slopes.dtype == total.dtype:
+            total.addmm_(slopes.t(), left)
+        else:  # the product is 16-bit: add it up in strips
+            step = max(1, (1 << 22) // max(1, left.shape[1]))
+            for start in range(0, len(total), step):
+                total[start:start + step] += slopes[:, start:start + step].t() @ left
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #8eee3d32
-def _sweep(plan: _Plan, rows: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, row_grads: Tensor | None,
-           gradients: _Gradients, normalizers: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def _sweep(plan: _Plan, lefts: list[Tensor], rights: list[Tensor], bias: Tensor | None, targets: Tensor,
+           row_grads: Tensor, wanted: Sequence[bool], given: Sequence[torch.dtype],
+           normalizers: Tensor | None = None) -> tuple[Tensor, Tensor, _Gradients | None]:
     """Go once through all chunks.
 
     Args:
-        rows: [kept, features], weight: [vocabulary, features], bias: [vocabulary]; all in the matmul's type.
+        lefts: each [kept, k], rights: each [vocabulary, k], bias: [vocabulary]; all in the matmul's type.
         targets: [kept]; none is the ignored index.
-        row_grads: [kept] what each row's slopes are multiplied by, or `None` for the losses only.
-        gradients: where the slopes go.
+        row_grads: [kept] what each row's slopes are multiplied by.
+        wanted: whether the bias, and each left and right in turn, shall have a gradient.
+        given: the types the right sides came in.
         normalizers: [kept] from an earlier sweep; then the losses are not computed again.
     Returns:
-        losses [kept] (zeros if normalisers were given) and normalisers [kept].
+        losses [kept] (zeros if normalisers were given), normalisers [kept], and gradients if any are wanted.
     """
-    losses = torch.zeros(len(rows), dtype=wide_type(rows.dtype), device=rows.device)
+    rows, words = len(lefts[0]), len(rights[0])
+    losses = torch.zeros(rows, dtype=wide_type(plan.dtype), device=lefts[0].device)
+    narrow = [right.shape[1] for right, want in zip(rights, wanted[2::2], strict=True)
+              if want and plan.dtype in (torch.bfloat16, torch.float16)]
+    pieces = list(chunks(rows, words, plan.chunk_rows, max(narrow, default=0)))
+    gradients = _Gradients(plan, lefts, rights, wanted, given, len(pieces) == 1) if any(wanted) else None
     found, buffer = torch.zeros_like(losses), None
-    for piece in chunks(len(rows), len(weight), plan.chunk_rows):
-        count = piece.stop - piece.start
-        buffer = rows.new_empty(count, len(weight)) if buffer is None else buffer
-        logits = buffer[:count]
+    for piece in pieces:
+        buffer = lefts[0].new_empty(piece.stop - piece.start, words) if buffer is None else buffer
+        logits = buffer[:piece.stop - piece.start]
         if bias is None:
-            torch.mm(rows[piece], weight.t(), out=logits)
+            torch.mm(lefts[0][piece], rights[0].t(), out=logits)
         else:
-            torch.addmm(bias, rows[piece], weight.t(), out=logits)
-        slopes = logits if gradients and row_grads is not None else None
+            torch.addmm(bias, lefts[0][piece], rights[0].t(), out=logits)
+        for left, right in zip(lefts[1:], rights[1:], strict=True):
+            logits.addmm_(left[piece], right.t())
         known = None if normalizers is None else normalizers[piece]
         loss, found[piece] = row_step(logits, targets[piece], plan.settings, normalizers=known,
-                                      row_grads=None if slopes is None else row_grads[piece], slopes=slopes)
+                                      row_grads=None if gradients is None else row_grads[piece],
+                                      slopes=None if gradients is None else logits)
         if loss is not None:
             losses[piece] = loss
-        if slopes is not None:
-            gradients.add(piece, rows[piece], slopes, weight)
-    return losses, found
+        if gradients is not None:
+            gradients.add(piece, lefts, rights, logits)
+    return losses, found, gradients
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #f2706786
-def _kept_rows(hidden: Tensor, targets: Tensor, ignore_index: int) -> Tensor | None:
+def _kept_rows(targets: Tensor, ignore_index: int) -> Tensor | None:
     """Return the indices of the rows with loss, or `None` if that is all of them."""
     kept = (targets != ignore_index).nonzero().squeeze(1)
     return None if len(kept) == len(targets) else kept
@@ -147,72 +185,84 @@ def _take(values: Tensor | None, kept: Tensor | None) -> Tensor | None:
     return values if values is None or kept is None else values.index_select(0, kept)
 
 
-def _spread(values: Tensor, kept: Tensor | None, rows: int) -> Tensor:
+def _spread(values: Tensor | None, kept: Tensor | None, rows: int) -> Tensor | None:
     """Return [rows, ...] with `values` where rows were kept, and exact zeros elsewhere."""
-    return values if kept is None else values.new_zeros(rows, *values.shape[1:]).index_copy_(0, kept, values)
+    if values is None or kept is None:
+        return values
+    return values.new_zeros(rows, *values.shape[1:]).index_copy_(0, kept, values)
 
 
-def _cast(plan: _Plan, hidden: Tensor, weight: Tensor, bias: Tensor | None,
-          kept: Tensor | None) -> tuple[Tensor, Tensor, Tensor | None]:
-    return (_take(hidden, kept).to(plan.dtype), weight.to(plan.dtype), None if bias is None else bias.to(plan.dtype))
+def _check_targets(targets: Tensor, words: int, ignore_index: int) -> None:
+    if targets.device.type == "cpu" and ((targets < 0) | (targets >= words)).any():  # elsewhere it would wait for the device
+        raise IndexError(f"a target is outside the vocabulary, 0 to {words - 1}, and not ignore_index={ignore_index}")
+
+
+def _cast(plan: _Plan, factors: Sequence[Tensor | None], bias: Tensor | None,
+          kept: Tensor | None) -> tuple[list[Tensor], list[Tensor], Tensor | None]:
+    """Return the kept rows of the left sides, the right sides and the bias, all in the matmul's type."""
+    lefts = [_take(left, kept).to(plan.dtype) for left in factors[::2]]
+    rights = [(plan.weight() if right is None else right).to(plan.dtype) for right in factors[1::2]]
+    return lefts, rights, None if bias is None else bias.to(plan.dtype)
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #d5862608
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, weights: Tensor | None, targets: Tensor,
-                plan: _Plan) -> Tensor:
-        with torch.autocast(hidden.device.type, enabled=False):
-            kept = _kept_rows(hidden, targets, plan.settings.ignore_index)
-            rows, weight_, bias_ = _cast(plan, hidden, weight, bias, kept)
-            wanted = [need and plan.reduce and plan.training for need in ctx.needs_input_grad[:3]]
-            gradients = _Gradients(rows, weight_, *wanted)
+    def forward(ctx: Any, plan: _Plan, targets: Tensor, weights: Tensor | None, bias: Tensor | None,
+                *factors: Tensor | None) -> Tensor:
+        with torch.autocast(targets.device.type, enabled=False):
+            kept = _kept_rows(targets, plan.settings.ignore_index)
+            lefts, rights, bias_ = _cast(plan, factors, bias, kept)
+            _check_targets(_take(targets, kept), len(rights[0]), plan.settings.ignore_index)
+            wanted = [need and plan.reduce and plan.training for need in ctx.needs_input_grad[3:]]
             wide = wide_type(plan.dtype)
-            row_weights = rows.new_ones(len(rows), dtype=wide) if weights is None else _take(weights, kept).to(wide)
-            losses, normalizers = _sweep(plan, rows, weight_, bias_, _take(targets, kept), row_weights, gradients)
-            ctx.plan, ctx.gradients = plan, gradients if any(wanted) else None
-            ctx.save_for_backward(hidden, weight, bias, weights, targets, kept, losses, normalizers)
+            row_weights = lefts[0].new_ones(len(lefts[0]), dtype=wide) if weights is None else _take(weights, kept).to(wide)
+            ctx.plan, ctx.given = plan, [right.dtype if right is not None else plan.dtype for right in factors[1::2]]
+            losses, normalizers, ctx.gradients = _sweep(plan, lefts, rights, bias_, _take(targets, kept), row_weights,
+                                                        wanted, ctx.given)
+            ctx.save_for_backward(targets, kept, losses, normalizers, weights, bias, *factors)
             losses = losses * row_weights
-            return losses.sum() if plan.reduce else _spread(losses, kept, len(hidden))
+            return losses.sum() if plan.reduce else _spread(losses, kept, len(targets))
 
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, weights, targets, kept, losses, normalizers = ctx.saved_tensors
-        plan, gradients = ctx.plan, ctx.gradients
+        targets, kept, losses, normalizers, weights, bias, *factors = ctx.saved_tensors
+        plan, gradients, wanted = ctx.plan, ctx.gradients, ctx.needs_input_grad[3:]
         ctx.gradients = None
         # a sum's slopes are not multiplied by what arrives: one over a big batch is below what float16 can hold
         factor, each = (grad, torch.ones_like(losses)) if plan.reduce else (None, _take(grad, kept))
-        with torch.autocast(hidden.device.type, enabled=False):
-            if gradients is None and any(ctx.needs_input_grad[:3]):
-                rows, weight_, bias_ = _cast(plan, hidden, weight, bias, kept)
+        with torch.autocast(targets.device.type, enabled=False):
+            if gradients is None and any(wanted):
                 row_grads = each if weights is None else each * _take(weights, kept)
-                gradients = _Gradients(rows, weight_, *ctx.needs_input_grad[:3])
                 # without the normalisers a sum goes the forward's way again, to the last bit
-                _sweep(plan, rows, weight_, bias_, _take(targets, kept), row_grads, gradients,
-                       None if plan.reduce else normalizers)
-            found = [None] * 3 if gradients is None else [gradients.hidden, gradients.weight, gradients.bias]
-            found.append(losses * each if ctx.needs_input_grad[3] else None)
-            for index, (value, given) in enumerate(zip(found, (hidden, weight, bias, weights), strict=True)):
+                _, _, gradients = _sweep(plan, *_cast(plan, factors, bias, kept), _take(targets, kept), row_grads, wanted,
+                                         ctx.given, None if plan.reduce else normalizers)
+            found = [None] * len(wanted) if gradients is None else gradients.all()
+            found.insert(0, losses * each if ctx.needs_input_grad[2] else None)
+            for index, (value, given) in enumerate(zip(found, (weights, bias, *factors), strict=True)):
                 if value is not None:
                     found[index] = (value if factor is None else value.mul_(factor)).to(given.dtype)
-            of_hidden, of_weight, of_bias, of_weights = found
-            of_hidden = None if of_hidden is None else _spread(of_hidden, kept, len(hidden))
-            of_weights = None if of_weights is None else _spread(of_weights, kept, len(hidden))
-            return of_hidden, of_weight, of_bias, of_weights, None, None
+            of_rows = {0, *range(2, len(found), 2)}  # the row weights and the left sides
+            return (None, None, *(_spread(value, kept, len(targets)) if index in of_rows else value
+                                  for index, value in enumerate(found)))
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #c83772c1
 def linear_cross_entropy(
-        hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, weights: Tensor | None = None,
-        reduction: str = "sum", num_items: Tensor | float | None = None, ignore_index: int = -100,
-        softcap: float | None = None, scale: float = 1.0, label_smoothing: float = 0.0, z_loss: float = 0.0,
-        chunk_rows: int | None = None) -> Tensor:
+        hidden: Tensor, weight: Tensor | Callable[[], Tensor], targets: Tensor, bias: Tensor | None = None, *,
+        pairs: Sequence[tuple[Tensor, Tensor]] = (), weights: Tensor | None = None, reduction: str = "sum",
+        num_items: Tensor | float | None = None, ignore_index: int = -100, softcap: float | None = None,
+        scale: float = 1.0, label_smoothing: float = 0.0, z_loss: float = 0.0, chunk_rows: int | None = None) -> Tensor:
     """Return the cross-entropy of `hidden @ weight.T + bias`, a few rows at a time; the logits never exist whole.
 
     Args:
         hidden: [rows, features], any floating type and strides.
         weight: [vocabulary, features], the type of `hidden` (under autocast: any); no gradient unless it asks for one.
+            Or a function that returns it in any floating type (a quantised weight): called once in each pass that needs
+            it, kept in none; it gets no gradient.
         targets: [rows] int64; rows of `ignore_index` are never multiplied and get a loss and a gradient of exactly zero.
         bias: [vocabulary], or `None`.
+        pairs: each `(left, right)`, [rows, k] and [vocabulary, k] in any floating type, adds `left @ right.T` to the
+            logits; both get gradients. With `(scale * hidden @ A.T, B)` that is a low-rank adapter (Hu et al. 2021).
         weights: [rows], multiplies each row's loss; differentiable too.
         reduction: `"sum"`, `"mean"` (the weighted sum divided by `num_items`) or `"none"`.
         num_items: the divisor of `"mean"`; default: the number of rows with loss, at least one.
@@ -225,18 +275,17 @@ def linear_cross_entropy(
         TypeError: `hidden` and `weight` are of different types, without autocast.
         IndexError: a target is no row of `weight` (checked on the CPU only).
     """
-    _checked(hidden, weight, targets, bias, weights)
+    first = (hidden, weight if isinstance(weight, Tensor) else None)
+    _checked(hidden, bias, {"targets": targets, "weights": weights}, [*((first,) if first[1] is not None else ()), *pairs])
     if reduction not in ("sum", "mean", "none"):
         raise ValueError(f"reduction is {reduction!r}; it must be 'sum', 'mean' or 'none'")
     if num_items is not None and reduction != "mean":
         raise ValueError(f"num_items divides a mean, but reduction is {reduction!r}; use reduction='mean'")
     if chunk_rows is not None and chunk_rows < 1:
         raise ValueError(f"chunk_rows is {chunk_rows}; it must be at least 1")
-    if targets.device.type == "cpu" and ((targets != ignore_index) & ((targets < 0) | (targets >= len(weight)))).any():
-        raise IndexError(f"a target is outside the vocabulary, 0 to {len(weight) - 1}, and not ignore_index={ignore_index}")
-    plan = _Plan(RowLoss(ignore_index, softcap, scale, label_smoothing, z_loss), _matmul_type(hidden, weight),
-                 chunk_rows, reduction != "none", torch.is_grad_enabled())
-    loss = _LinearCrossEntropy.apply(hidden, weight, bias, weights, targets, plan)
+    plan = _Plan(RowLoss(ignore_index, softcap, scale, label_smoothing, z_loss), _matmul_type(hidden, weight), chunk_rows,
+                 reduction != "none", torch.is_grad_enabled(), weight if first[1] is None else None)
+    loss = _LinearCrossEntropy.apply(plan, targets, weights, bias, *first, *(side for pair in pairs for side in pair))
     if reduction != "mean":
         return loss
     count = (targets != ignore_index).sum().clamp(min=1) if num_items is None else num_items
@@ -244,16 +293,17 @@ def linear_cross_entropy(
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #25a417c8
 def selected_log_probabilities(
-        hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *, ignore_index: int = -100,
-        softcap: float | None = None, scale: float = 1.0, chunk_rows: int | None = None) -> Tensor:
+        hidden: Tensor, weight: Tensor | Callable[[], Tensor], targets: Tensor, bias: Tensor | None = None, *,
+        pairs: Sequence[tuple[Tensor, Tensor]] = (), ignore_index: int = -100, softcap: float | None = None,
+        scale: float = 1.0, chunk_rows: int | None = None) -> Tensor:
     """Return log p of each row's target, [rows], in float32 (float64 for float64 inputs); differentiable once.
 
     Args:
-        hidden, weight, targets, bias, ignore_index, softcap, chunk_rows: as in `linear_cross_entropy`; a row of
+        hidden, weight, targets, bias, pairs, ignore_index, softcap, chunk_rows: as in `linear_cross_entropy`; a row of
             `ignore_index` gets 0.
         scale: multiplies the logits; one over the sampling temperature, where that matters.
     """
-    return -linear_cross_entropy(hidden, weight, targets, bias, reduction="none", ignore_index=ignore_index,
+    return -linear_cross_entropy(hidden, weight, targets, bias, pairs=pairs, reduction="none", ignore_index=ignore_index,
                                  softcap=softcap, scale=scale, chunk_rows=chunk_rows)
 
 # %% ../../nbs/kernels/01_linear_cross_entropy.ipynb #8dbfaac7

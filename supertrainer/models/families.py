@@ -52,7 +52,7 @@ class Family:
     mapping: str
     bare_mapping: str
     endings: tuple[str, ...]
-    task_type: str
+    task_type: str | None
     head_modules: tuple[str, ...]
     target_modules: str
     padding_side: Mapping[str, str]
@@ -62,6 +62,8 @@ class Family:
     task: str | None = None
     problem_type: str | None = None
     gives: str = "next token"
+    labels: bool = True
+    from_checkpoint: bool = True
 
     def with_task(self, task: str | None) -> "Family":
         """Return the family with the head for `task`; `None` gives its first head, or the family itself if it has none.
@@ -76,6 +78,11 @@ class Family:
             allowed = f"allowed: {', '.join(self.tasks)}" if self.tasks else f"a {self.title} has one head only"
             raise UserError(f"task={task!r} means nothing for {self.loader}; {allowed}.{did_you_mean(task, self.tasks)}")
         return replace(self, task=task, **self.tasks[task])
+
+    @property
+    def has_labels(self) -> bool:
+        """Whether the head has classes or targets, which can be counted and named."""
+        return bool(self.tasks) and self.labels
 
     def model_class(self) -> type:
         """Return the transformers class whose `from_pretrained` and `from_config` make the model."""
@@ -144,6 +151,8 @@ def task_of_config(config: Any) -> str | None:
     for family in families().values():
         for task in family.tasks:
             head = family.with_task(task)
+            if not head.from_checkpoint:
+                continue
             ending = head.auto_model.removeprefix("AutoModel")
             if any(arch.endswith(ending) for arch in architectures) and (
                     head.problem_type in (None, problem) or (problem is None and task == next(iter(family.tasks)))):

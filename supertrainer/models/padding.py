@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['PAD_NAMES', 'NEW_PADS', 'turn_ends', 'get_tokenizer', 'spare_tokens', 'choose_pad', 'ensure_pad', 'write_token_ids',
-           'grow_embeddings', 'ensure_stops']
+           'grow_embeddings', 'ensure_stops', 'space_before_words']
 
 # %% ../../nbs/models/06_padding.ipynb #f4328471
 import contextlib
+import json
 import re
 import weakref
 from dataclasses import replace
@@ -130,3 +131,19 @@ def ensure_stops(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> 
     names = ", ".join(tokenizer.convert_ids_to_tokens(missing))
     return Decision("stop tokens", ", ".join(tokenizer.convert_ids_to_tokens([*known, *missing])),
                     f"{names} ends a turn, and the model's generation configuration did not stop on it")
+
+# %% ../../nbs/models/06_padding.ipynb #cc2c3de1
+def space_before_words(tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Make a byte-level tokenizer read every word as one within a sentence; return whether that changed anything."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    step = getattr(backend, "pre_tokenizer", None)
+    state = json.loads(step.__getstate__()) if step is not None else {}
+    parts = state.get("pretokenizers", [state])
+    changed = [part for part in parts if part.get("type") == "ByteLevel" and not part["add_prefix_space"]]
+    for part in changed:
+        part["add_prefix_space"] = True
+    if changed:
+        step.__setstate__(json.dumps(state).encode())
+        backend.pre_tokenizer = step
+        tokenizer.add_prefix_space = tokenizer.init_kwargs["add_prefix_space"] = True
+    return bool(changed)

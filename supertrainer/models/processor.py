@@ -21,8 +21,9 @@ from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrained
 from .builtin import make_config, make_processor, recipe
 from .catalogue import get_entry
 from .gguf import CACHE_FORMAT, MANIFEST, cache_is_whole, cache_root, check_gguf, quiet_loading
-from .loading import hub_options, pick_family, say_why, space_before_words
-from .padding import choose_pad, get_tokenizer
+from .lengths import position_limit
+from .loading import hub_options, pick_family, say_why
+from .padding import choose_pad, get_tokenizer, space_before_words
 from .request import Request
 from .sources import Source, resolve
 from ..runtime import sha256
@@ -146,7 +147,7 @@ def model_facts(name: str | os.PathLike, processor: PreTrainedTokenizerBase | Pr
     stops = getattr(found, "eos_token_id", None) if stops is None else stops
     ids = () if stops is None else tuple(stops) if isinstance(stops, (list, tuple)) else (stops,)
     return ModelFacts(found.model_type, getattr(text, "vocab_size", None), ids,
-                      getattr(text, "max_position_embeddings", None))
+                      position_limit(found))
 
 
 def _generation_config(place: str, request: Request) -> GenerationConfig | None:

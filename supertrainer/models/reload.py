@@ -7,6 +7,7 @@ __all__ = ['base_state', 'is_merged', 'fresh_base']
 
 # %% ../../nbs/models/11_reload.ipynb #afeb2ba0
 import copy
+from collections.abc import Iterable
 from dataclasses import replace
 
 import torch
@@ -17,6 +18,7 @@ from .info import info
 from .loading import load
 from .request import Request
 from .padding import grow_embeddings
+from .vocabulary import vocabulary_tensors
 from ..runtime import UserError, quiet
 
 with quiet():  # it imports bitsandbytes, which reports what it did not find
@@ -33,9 +35,11 @@ def base_state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     state = (model.get_base_model() if wrapped else model).state_dict()
     found = {}
     for name, tensor in state.items():
-        if ".lora_" in name or ".modules_to_save." in name:
+        if any(part in name for part in (".lora_", ".modules_to_save.", ".trainable_tokens_")):
             continue
-        found[name.replace(".base_layer.", ".").replace(".original_module.", ".")] = tensor
+        for wrapper in (".token_adapter", ".base_layer", ".original_module"):
+            name = name.replace(f"{wrapper}.", ".")
+        found[name] = tensor
     return found
 
 
@@ -82,16 +86,25 @@ def _from_memory(model: torch.nn.Module) -> PreTrainedModel:
     return base
 
 
+def _copy_rows(base: PreTrainedModel, state: dict[str, torch.Tensor], rows: Iterable[int]) -> None:
+    """Copy the rows of new tokens, which no source has, from `state` into `base`."""
+    own, rows = {id(tensor): name for name, tensor in base.named_parameters()}, list(rows)
+    with torch.no_grad():
+        for tensor in vocabulary_tensors(base) if rows else ():
+            tensor[rows] = state[own[id(tensor)]][rows].to(tensor.device, tensor.dtype)
+
+
 def _from_source(model: torch.nn.Module) -> PreTrainedModel:
     found = info(model)
     request: Request = replace(found.reload["request"], dtype="float32", device="cpu", load_in_4bit=False,
-                               load_in_8bit=False, quantization={}, max_seq_length=None, full_finetuning=None)
+                               load_in_8bit=False, quantization={}, full_finetuning=None, freeze_layers=None)
     base, _ = load(request)
     rows = base.get_input_embeddings().weight.shape[0]
     wanted = model.get_input_embeddings().weight.shape[0]
     if wanted > rows:
         grow_embeddings(base, wanted)
     state, mine = base_state(model), base.state_dict()
+    _copy_rows(base, state, found.reload.get("new_rows", ()))
     with torch.no_grad():
         for name in found.reload["new_weights"]:
             if name in state and state[name].shape == mine[name].shape:

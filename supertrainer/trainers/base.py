@@ -28,6 +28,7 @@ from ..patching import plain_model
 from ..registry import lookup, register_lazy
 from ..runtime import UserError, did_you_mean, nearest, quiet
 from .callbacks import ProgressBar
+from .patched import PatchedSteps
 
 # %% ../../nbs/trainers/01_base.ipynb #962a72a8
 OWNED = {
@@ -47,7 +48,7 @@ OWNED_SFT = {
     **dict.fromkeys(("packing", "packing_strategy", "padding_free", "eval_packing"),
                     "the collator decides (dataset.batching)"),
     "model_init_kwargs": "the model is loaded already", "trust_remote_code": "remote code is never run",
-    "loss_type": "the loss is the next-token cross-entropy", "label_smoothing_factor": "the loss is not smoothed",
+    "loss_type": "the loss is the next-token cross-entropy",
     "use_liger_kernel": "supertrainer.patching does this", "prediction_loss_only": "evaluation computes the loss only",
 }
 DEFAULTS = {"report_to": "none", "save_strategy": "no", "logging_steps": 10, "lr_scheduler_type": "cosine",
@@ -251,7 +252,7 @@ class MeasuredSteps:
         self._paused += time.perf_counter() - start
 
 # %% ../../nbs/trainers/01_base.ipynb #10538fcf
-class HouseRules(MeasuredSteps):
+class HouseRules(PatchedSteps, MeasuredSteps):
     """Mixin for `transformers.Trainer` and its subclasses; see the promises above.
 
     Attributes:
@@ -278,6 +279,8 @@ class HouseRules(MeasuredSteps):
         return {}
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        if self.prove:
+            self.patch()
         self._restart_clock()
         try:
             return super().train(*args, **kwargs)

@@ -211,7 +211,7 @@ class ClassificationTrainer(HouseRules, Trainer):
     def compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False,
                      num_items_in_batch: Any = None) -> Any:
         labels = inputs["labels"]
-        outputs = model(**{key: value for key, value in inputs.items() if key not in ("labels", "length")})
+        outputs = model(**{key: value for key, value in self.model_inputs(inputs).items() if key != "labels"})
         weights = None if self.class_weights is None else self.class_weights.to(labels.device)
         if self.task == "multi_label":
             loss = label_set_loss(outputs.logits, labels, weights)

@@ -13,24 +13,23 @@ from typing import Any
 _NAMES = {
     **dict.fromkeys(("FastLanguageModel", "FastVisionModel", "FastModel", "is_bfloat16_supported"),
                     "supertrainer.unsloth.models"),
-    **dict.fromkeys(("SFTConfig", "SFTTrainer", "TrainingArguments", "UnslothTrainer", "UnslothTrainingArguments",
-                     "train_on_responses_only"), "supertrainer.unsloth.trainer"),
+    **dict.fromkeys(("SFTConfig", "TrainingArguments", "UnslothTrainingArguments"), "supertrainer.unsloth.arguments"),
+    **dict.fromkeys(("PatchDPOTrainer", "SFTTrainer", "UnslothTrainer", "train_on_responses_only", "unsloth_train"),
+                    "supertrainer.unsloth.trainer"),
+    **dict.fromkeys(("FastSentenceTransformer", "SentenceTransformerTrainingArguments"), "supertrainer.unsloth.embeddings"),
+    **dict.fromkeys(("LoRARequest", "SamplingParams"), "supertrainer.unsloth.generation"),
+    **dict.fromkeys(("apply_chat_template", "to_sharegpt"), "supertrainer.unsloth.columns"),
     "UnslothVisionDataCollator": "supertrainer.unsloth.vision",
     "get_chat_template": "supertrainer.chat",
     **dict.fromkeys(("standardize_data_formats", "standardize_sharegpt"), "supertrainer.data.standardize"),
     "TextStreamer": "transformers",
 }
 _RENAMED = {"is_bf16_supported": "is_bfloat16_supported"}
-__all__ = sorted([*_NAMES, *_RENAMED])
+_OPTIONAL = {"FastSentenceTransformer", "SentenceTransformerTrainingArguments"}  # need the extra "embeddings"
+__all__ = sorted({*_NAMES, *_RENAMED} - _OPTIONAL)
 
 # %% ../../nbs/63_unsloth.ipynb #50ed2615
-_MISSING = {
-    "FastSentenceTransformer": "embedding models are not trained under Unsloth's names yet; see supertrainer.FastBERT",
-    "PatchDPOTrainer": "preference training is not here yet",
-    "PatchFastRL": "reinforcement learning is not here yet",
-    "to_sharegpt": "build the turns yourself: dataset.map to a column of [{'role': ..., 'content': ...}]",
-    "apply_chat_template": "use dataset.map with tokenizer.apply_chat_template(..., tokenize=False)",
-}
+_MISSING = {"PatchFastRL": "reinforcement learning is not here yet"}
 
 
 def __getattr__(name: str) -> Any:
@@ -43,4 +42,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+    return sorted({*globals(), *__all__, *_OPTIONAL})
