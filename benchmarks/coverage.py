@@ -645,7 +645,8 @@ def main() -> None:
 
     def save() -> None:
         versions = {name: metadata.version(name) for name in ("torch", "transformers", "peft")}
-        text = json.dumps({"versions": versions, "architectures": dict(sorted(found.items()))}, indent=1)
+        lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(outcome)}" for name, outcome in sorted(found.items()))
+        text = f'{{"versions": {json.dumps(versions)}, "architectures": {{\n{lines}\n}}}}'
         file.with_suffix(".part").write_text(text + "\n", encoding="utf-8")
         file.with_suffix(".part").replace(file)
 

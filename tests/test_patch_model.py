@@ -2,7 +2,10 @@
 
 import copy
 import pickle
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import peft
 import pytest
@@ -325,3 +328,71 @@ def test_bfloat16_is_judged_against_float64_and_not_against_itself():
     assert good.kept and good.error <= good.own * 1.01
     off = prove(Candidate("norm", norm, "off", lambda module, x: exact(module, x) * 1.02, key=0), call)
     assert not off.kept and off.error > 0.015
+
+
+DISTRIBUTED = """
+import os, sys, tempfile
+import torch
+import torch.distributed as dist
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, {tests!r})
+from test_patch_model import assert_same_step, batch, kept, llama, lora, step
+from supertrainer.patching import patch_model, plain
+
+dist.init_process_group("gloo", init_method="file://" + tempfile.mktemp(), rank=0, world_size=1)
+for make in (llama, lambda: lora(llama())):
+    model, rows = make(), batch()
+    patch_model(model, rows)
+    assert len(kept(model)) >= 3
+    with plain(model):
+        expected, grads = step(model, rows)
+    wrapped = DistributedDataParallel(model)
+    loss = wrapped(**rows, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
+    for name, weight in model.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(weight.grad, grads[name], rtol=1e-3, atol=1e-5)
+    model.zero_grad()
+    mesh = init_device_mesh("cpu", (1,))
+    for module in list(model.modules()):
+        if type(module).__name__ == "LlamaDecoderLayer":
+            fully_shard(module, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    loss = model(**rows, use_cache=False).loss
+    loss.backward()
+    torch.testing.assert_close(loss.detach(), expected, rtol=1e-5, atol=1e-5)
+    for name, weight in model.named_parameters():
+        if name in grads:
+            torch.testing.assert_close(weight.grad.full_tensor(), grads[name], rtol=1e-3, atol=1e-5)
+dist.destroy_process_group()
+print("both wrappers agree")
+"""
+
+
+def test_ddp_and_fsdp2_train_a_patched_model_alike():
+    code = DISTRIBUTED.format(tests=str(Path(__file__).parent))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert "both wrappers agree" in done.stdout, done.stderr[-3000:]
+
+
+def test_a_gradient_that_is_zero_but_for_rounding_does_not_spoil_the_figure():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = nn.Parameter(torch.zeros(1))
+
+        def forward(self, x):
+            return torch.softmax(x + self.bias, -1)
+
+    def same(module, x):
+        return torch.softmax(x + module.bias, -1)
+
+    torch.manual_seed(0)
+    module = Shifted()
+    calls = record_calls(nn.Sequential(module), [module], [{"input": torch.randn(5, 7)}])[module]
+    proof = prove(Candidate("shifted", module, "same", same, key=0), calls)
+    assert proof.kept and proof.error < 1e-5

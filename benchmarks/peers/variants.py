@@ -179,13 +179,6 @@ def unsloth_trainer(work: Workload, folder: Path, steps: int, loaded: Loaded) ->
                       data_collator=pad), contextlib.nullcontext()
 
 
-def patch(model: Any, kernels: str, batch: dict[str, Any]) -> None:
-    """Patch `model` with the kernels asked for (`off`: none, and it stays so), proven on the first rows."""
-    from supertrainer.patching import patch_model
-
-    patch_model(model, batch, kernels=kernels)
-
-
 def ours(work: Workload, folder: Path, steps: int, loaded: Loaded, *, kernels: str = "own", **switches: Any) -> Built:
     """`supertrainer` as it comes: its loader, its batching without padding, its trainer; `kernels="off"`: all plain."""
     need("peft")
@@ -193,50 +186,48 @@ def ours(work: Workload, folder: Path, steps: int, loaded: Loaded, *, kernels: s
         need("liger_kernel")
     if not (folder / "model" / "config.json").is_file() or not _has("trl", "datasets"):
         return _ours_without_trl(work, folder, steps, loaded, kernels)
-    from supertrainer.patching import plain
     from supertrainer.trainers.base import build_trainer
 
     model, processor, dataset, collate, extra = {"llm": _our_chats, "bert": _our_texts, "mllm": _our_images}[work.family](
-        work, folder, loaded)
-    patch(model, kernels, collate([dataset[number] for number in range(2)]))
+        work, folder, loaded, kernels)
     kwargs = {key: value for key, value in arguments(work, steps, **checkpointing(work), **switches).items()
               if key not in ("output_dir", "use_cpu")}
     trainer = build_trainer(work.family, model=model, processing_class=processor, train_dataset=dataset, data_collator=collate,
                             output_dir=tempfile.mkdtemp(), training_kwargs=kwargs, **extra)
-    return trainer, plain(model) if kernels == "off" else contextlib.nullcontext()
+    return trainer, contextlib.nullcontext()
 
 
 def _has(*names: str) -> bool:
     return all(importlib.util.find_spec(name) is not None for name in names)
 
 
-def _our_chats(work: Workload, folder: Path, loaded: Loaded) -> tuple:
+def _our_chats(work: Workload, folder: Path, loaded: Loaded, kernels: str) -> tuple:
     from supertrainer.data.collate import collator_for
     from supertrainer.models.llm import FastLLM
 
     options = {"load_in_4bit": True} if work.quantised else {}
-    model, tokenizer = FastLLM.from_pretrained(str(folder / "model"), device=work.device, **options)
+    model, tokenizer = FastLLM.from_pretrained(str(folder / "model"), device=work.device, kernels=kernels, **options)
     model = FastLLM.get_peft_model(model, **LORA, random_state=3407, use_gradient_checkpointing=work.checkpointing)
     loaded(model)
     rows = dataset_of([row | {"length": len(row["input_ids"])} for row in rows_of(folder)])
     return model, tokenizer, rows, collator_for("padding_free", model, tokenizer.pad_token_id), {}
 
 
-def _our_texts(work: Workload, folder: Path, loaded: Loaded) -> tuple:
+def _our_texts(work: Workload, folder: Path, loaded: Loaded, kernels: str) -> tuple:
     from supertrainer.data import bert
     from supertrainer.models.bert import FastBERT
 
-    model, tokenizer = FastBERT.from_pretrained(str(folder / "model"), full_finetuning=True, device=work.device)
+    model, tokenizer = FastBERT.from_pretrained(str(folder / "model"), full_finetuning=True, device=work.device, kernels=kernels)
     loaded(FastBERT.for_training(model))
     rows = dataset_of([row | {"length": len(row["input_ids"])} for row in rows_of(folder)])
     return model, tokenizer, rows, bert.collator(tokenizer, "classification"), {}
 
 
-def _our_images(work: Workload, folder: Path, loaded: Loaded) -> tuple:
+def _our_images(work: Workload, folder: Path, loaded: Loaded, kernels: str) -> tuple:
     from supertrainer.data.vision_batch import VisionCollator
     from supertrainer.models.mllm import FastMLLM
 
-    model, processor = FastMLLM.from_pretrained(str(folder / "model"), full_finetuning=True, device=work.device)
+    model, processor = FastMLLM.from_pretrained(str(folder / "model"), full_finetuning=True, device=work.device, kernels=kernels)
     loaded(FastMLLM.for_training(model))
     rows = with_images(rows_of(folder), folder)
     collate = VisionCollator(processor, image_column="images", max_length=work.sequence, train_on="assistant")
@@ -248,7 +239,7 @@ def _ours_without_trl(work: Workload, folder: Path, steps: int, loaded: Loaded, 
     from transformers import Trainer, TrainingArguments
 
     from supertrainer.data.collate import collator_for
-    from supertrainer.patching import masked_loss, plain
+    from supertrainer.patching import masked_loss, patches
     from supertrainer.trainers.base import HouseRules
 
     class MaskedTrainer(HouseRules, Trainer):
@@ -263,12 +254,11 @@ def _ours_without_trl(work: Workload, folder: Path, steps: int, loaded: Loaded, 
     if work.checkpointing:
         model.enable_input_require_grads()
     rows, collate = rows_of(folder), collator_for("padding_free", model, 0)
-    batch = collate(rows[:2])
-    patch(model, kernels, {key: value.to(work.device) if hasattr(value, "to") else value for key, value in batch.items()})
+    patches(model).kernels = kernels
     args = TrainingArguments(**arguments(work, steps, remove_unused_columns=False, **checkpointing(work)))
     trainer = MaskedTrainer(model=model, args=args, train_dataset=rows, data_collator=collate)
     trainer.model_accepts_loss_kwargs = True
-    return trainer, plain(model) if kernels == "off" else contextlib.nullcontext()
+    return trainer, contextlib.nullcontext()
 
 
 GROUPED = {"train_sampling_strategy": "group_by_length"}

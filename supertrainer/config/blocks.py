@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Positive', 'Fraction', 'Family', 'OWNED', 'UNUSED', 'RANGES', 'Block', 'RunBlock', 'LimitBlock', 'SourceBlock',
-           'DatasetBlock', 'training_block', 'lora_block', 'ModelKwargs', 'EarlyStopping', 'BenchmarkBlock',
-           'ExportBlock', 'SamplingBlock', 'train_block', 'FinishedModel', 'InputBlock', 'OutputBlock', 'InferSchema',
-           'BenchmarkSchema']
+           'DatasetBlock', 'training_block', 'lora_block', 'ModelKwargs', 'TrainingModelKwargs', 'EarlyStopping',
+           'BenchmarkBlock', 'ExportBlock', 'SamplingBlock', 'train_block', 'FinishedModel', 'InputBlock',
+           'OutputBlock', 'InferSchema', 'BenchmarkSchema']
 
 # %% ../../nbs/config/02_blocks.ipynb #e27aaab7
 import functools
@@ -157,6 +157,12 @@ class ModelKwargs(Block):
     device: str
 
 
+class TrainingModelKwargs(ModelKwargs):
+    """How weights are loaded to be trained; `kernels`: what may compute parts of the model instead of its own code."""
+
+    kernels: Literal["own", "liger", "off"]
+
+
 class EarlyStopping(Block):
     """Stop when the metric has not improved by `threshold` for `patience` evaluations."""
 
@@ -202,7 +208,7 @@ def train_block(family: str) -> type[Block]:
     model = create_model("Model", __base__=Block, name=(str, ...), revision=(str | None, ...),
                          config=(dict[str, Any], ...), lora=(lora_block() | None, ...))
     trainer = create_model(
-        "Trainer", __base__=Block, name=(str, ...), model_kwargs=(ModelKwargs, ...),
+        "Trainer", __base__=Block, name=(str, ...), model_kwargs=(TrainingModelKwargs, ...),
         bitsandbytes_kwargs=(quantization, ...), training_kwargs=(training_block(family), ...),
         early_stopping=(EarlyStopping | None, ...), freeze=(list[str], ...), unfreeze=(list[str], ...),
         class_weights=(Literal["balanced"] | dict[str | int, float] | None, ...))

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .arguments import quantization_arguments
-from .blocks import ModelKwargs, lora_block, training_block
+from .blocks import TrainingModelKwargs, lora_block, training_block
 from .schema import problems_of, unknown_key
 from .strict_dict import StrictDict
 from ..runtime import UserError, did_you_mean
@@ -168,7 +168,7 @@ def _arguments(place: str, family: str) -> tuple[str, ...] | None:
     if place == "trainer.bitsandbytes_kwargs":
         return quantization_arguments()
     if place == "trainer.model_kwargs":
-        return tuple(ModelKwargs.model_fields)
+        return tuple(TrainingModelKwargs.model_fields)
     return None
 
 

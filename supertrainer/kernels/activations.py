@@ -87,7 +87,7 @@ def _slope_into(out: Tensor, grad: Tensor, x: Tensor, activation: str) -> Tensor
     return torch.mul(grad, x.clamp_min(0).mul_(2), out=out)
 
 # %% ../../nbs/kernels/03_activations.ipynb #31b43e64
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 20
 
 
 def _rows(*tensors: Tensor) -> list[Tensor]:

@@ -41,7 +41,7 @@ def layer_norm_reference(x: Tensor, weight: Tensor | None = None, bias: Tensor |
     return (normal if bias is None else normal + bias).to(x.dtype)
 
 # %% ../../nbs/kernels/02_norms.ipynb #da3dc3de
-BLOCK_ELEMENTS = 1 << 17
+BLOCK_ELEMENTS = 1 << 20
 
 
 def _rows(x: Tensor) -> Tensor:

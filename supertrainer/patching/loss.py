@@ -318,8 +318,8 @@ def why_own_loss(plain: nn.Module) -> str | None:
     if getattr(plain, "loss_function", None) not in (ForCausalLMLoss, ForMaskedLMLoss):
         return "its loss is neither the next-token nor the masked-word cross-entropy"
     record = patches(plain)
-    if record.suspended:
-        return "patches are switched off"
+    if record.suspended or record.kernels == "off":
+        return "kernels are switched off"
     known = record.find(KERNEL)
     return None if known is None or known.kept else known.reason
 

@@ -24,7 +24,7 @@ from .record import Patch, Patches, patches, plain_model
 from ..runtime import UserError, did_you_mean, get_logger
 
 # %% ../../nbs/patching/08_model.ipynb #9f09385b
-TOKENS = 256  # of a proof batch
+TOKENS = 128  # of a proof batch
 _NOT_INPUTS = ("labels", "shift_labels", "loss_weights", "num_items_in_batch", "length")
 
 
@@ -179,7 +179,7 @@ def patch_model(model: nn.Module, batch: Mapping[str, Any] | None = None, *, ker
     Args:
         model: a transformers model, wrapped by PEFT or not. Its classes, weights and state dict stay as they are.
         batch: some of the rows it will be trained on, as the model takes them; default: a random text only.
-        kernels: `"own"`, `"liger"` (Liger's kernels where it has them, on a GPU) or `"off"` (everything plain);
+        kernels: `"own"`, `"liger"` (Liger's kernels where it has them, on a GPU) or `"off"` (everything plain, the loss too);
             default: as it was said for this model before, at first `"own"`.
     Returns:
         `model.patches`: one line for each module that was considered. `restore()` takes all back.

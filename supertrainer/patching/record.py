@@ -118,6 +118,11 @@ class Patches(list):
         """Return the newest patch that uses `kernel`, or `None`."""
         return next((patch for patch in reversed(self) if patch.kernel == kernel), None)
 
+    def summary(self) -> list[dict[str, Any]]:
+        """Return one line for all modules whose names differ in numbers only, as plain values for a file."""
+        return [{"modules": count, "name": patch.module, "kernel": patch.kernel, "error": patch.error, "own": patch.own,
+                 "kept": patch.kept, "reason": patch.reason} for count, patch in _grouped(self)]
+
     def __str__(self) -> str:
         rows = [_TITLES, *_rows(self)]
         if len(rows) == 1:

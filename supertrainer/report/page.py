@@ -77,7 +77,7 @@ def context(run: RunFolder) -> dict[str, Any]:
     family = results.get("family") or run.config.get("family")
     columns, rows = sections.score_rows(results)
     checks = sections.check_rows(run.checks)
-    seen = {"run": run, "results": {"decisions": None, "facts": None, "command": None} | results, "chips": chips(run),
+    seen = {"run": run, "results": {"decisions": None, "facts": None, "command": None, "patches": None} | results, "chips": chips(run),
             "verdict": sections.verdict(run), "scale": scale_rows(results), "tiles": sections.tiles(run),
             "warnings": [*map(str, results.get("warnings") or []), *run.problems], "score_columns": columns,
             "score_rows": rows, "compared": any("difference" in row.values for row in rows),
@@ -106,7 +106,7 @@ def class_context(results: dict[str, Any], family: str | None) -> dict[str, Any]
 
 # %% ../../nbs/report/04_page.ipynb #f99d846c
 CONTENTS = (("scores", "Scores"), ("curves", "Curves"), ("classes", "Classes"), ("samples", "Samples"),
-            ("tokens", "Tokens"), ("checks", "Checks"), ("cost", "Time and speed"), ("decisions", "Decisions"),
+            ("tokens", "Tokens"), ("checks", "Checks"), ("kernels", "Kernels"), ("cost", "Time and speed"), ("decisions", "Decisions"),
             ("data", "Data"), ("environment", "Environment"), ("repeat", "Repeat"))
 
 
@@ -116,7 +116,7 @@ def render(run: RunFolder) -> str:
     environment.filters |= {"number": number, "words": words}
     template = resources.files("supertrainer.report").joinpath("template.html.j2").read_text("utf-8")
     values = context(run)
-    shown = {"classes": values["classes_apply"], "tokens": values["tokens_apply"]}
+    shown = {"classes": values["classes_apply"], "tokens": values["tokens_apply"], "kernels": bool(values["results"]["patches"])}
     contents = [(key, title) for key, title in CONTENTS if shown.get(key, True)]
     return environment.from_string(template).render(values, contents=contents)
 

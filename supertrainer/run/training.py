@@ -26,6 +26,7 @@ from ..models.info import count_parameters, info
 from ..models.llm import FastLLM
 from ..models.mllm import FastMLLM
 from ..models.processor import model_facts
+from ..patching import patches
 from . import looking, recipes
 from .folder import Run, finish, new_folder, write_config, write_json
 from ..runtime import (MemoryMeter, UserError, environment, get_logger, human_seconds, in_notebook, no_bars,
@@ -47,6 +48,7 @@ def load_model(cfg: StrictDict, splits: Splits, processor: Any) -> Any:
     model, _ = loader.from_pretrained(
         cfg.model.name, dtype=kwargs.dtype, attn_implementation=kwargs.attn_implementation, device=kwargs.device,
         revision=cfg.model.revision, config=cfg.model.config.to_dict(), processor=processor, seed=cfg.seed,
+        kernels=kwargs.kernels,
         quantization=cfg.trainer.bitsandbytes_kwargs.to_dict() or None, **extra)
     if cfg.model.lora:
         model = loader.get_peft_model(model, random_state=cfg.seed, **cfg.model.lora.to_dict())
@@ -213,6 +215,7 @@ def _learn(run: Run, model: Any, tokenizer: Any, prepared: recipes.Prepared, spl
         "facts": {**splits.facts, **prepared.facts, "steps": trainer.state.global_step},
         "parameters": {"total": total, "trained": trainable},
         "decisions": [{"name": d.name, "value": d.value, "reason": d.reason} for d in info(model).decisions],
+        "patches": patches(model).summary(),
         "loss_tokens": prepared.loss_tokens,
         "seconds": {"preparation": started - clock["start"], "training": training.seconds,
                     "measuring and saving": time.perf_counter() - started - training.seconds},

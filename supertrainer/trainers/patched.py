@@ -76,5 +76,5 @@ class PatchedSteps:
             if not check.passed:
                 log.warning("%s; taken back (see model.patches)", check)
         kept = sum(patch.kept for patch in record)
-        log.info(f"{kept} of {len(record)} candidates proven on this model and computed by kernels of ours, in "
-                 f"{human_seconds(time.perf_counter() - started)}; see model.patches.")
+        log.info(f"kernels: {kept} of {len(record)} modules proven on these rows in "
+                 f"{human_seconds(time.perf_counter() - started)}; model.patches lists them.")
