@@ -27,6 +27,14 @@ def small_pieces(monkeypatch):
     monkeypatch.setattr(attention, "CAP_BLOCK", 3)
 
 
+@pytest.fixture
+def batched(monkeypatch):
+    """Samples of all types and any number are batched, those of very different lengths too."""
+    monkeypatch.setattr(attention, "BATCHED_BYTES", 8)
+    monkeypatch.setattr(attention, "FEWEST", 1)
+    monkeypatch.setattr(attention, "ALIKE", 3.0)
+
+
 def make(lengths, dtype=torch.float64, heads=4, key_heads=2, dim=8, value_dim=None, transposed=True):
     def one(n, width):
         x = torch.randn(1, sum(lengths), n, width) if transposed else torch.randn(1, n, sum(lengths), width)
@@ -74,6 +82,41 @@ def test_values_and_gradients(small_pieces, seed, dtype, lengths, options):
     check(seed, lengths, dtype, **options)
 
 
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 4}, {"scale": 0.7}], ids=str)
+@pytest.mark.parametrize("lengths", [*LENGTHS, [3, 7, 3, 20, 5, 1, 9]], ids=str)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+def test_values_and_gradients_of_batches(small_pieces, batched, seed, dtype, lengths, options, monkeypatch):
+    monkeypatch.setattr(attention, "SHORT", 10)  # one sample of the last row stays alone
+    check(seed, lengths, dtype, **options)
+    check(seed, lengths, dtype, {"heads": 3, "key_heads": 1, "transposed": False}, **options)
+    monkeypatch.setattr(attention, "BATCH_SCORES", 4 * 25)
+    check(seed, lengths, dtype, {"key_heads": 4}, **options)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_batches_under_autocast_and_as_compiled(batched, seed, causal):
+    """Products stay as wide as their operands where backward runs within autocast."""
+    tensors = [x.requires_grad_() for x in make([4, 5, 3], torch.float32)]
+    run = torch.compile(lambda *tensors: packed_attention(*tensors, [4, 5, 3], causal=causal), backend="aot_eager")
+    expected = packed_attention_reference(*tensors, [4, 5, 3], causal=causal)
+    slope = torch.randn_like(expected)
+    wanted = torch.autograd.grad(expected, tensors, slope)
+    torch.testing.assert_close(torch.autograd.grad(run(*tensors), tensors, slope), wanted)
+    found = packed_attention(*tensors, [4, 5, 3], causal=causal)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        torch.testing.assert_close(torch.autograd.grad(found, tensors, slope), wanted)
+
+
+def test_many_short_samples_take_few_calls(seed, monkeypatch):
+    calls, alone = [], attention._flash_backward
+    monkeypatch.setattr(attention, "_flash_backward", lambda *rest, **named: calls.append(1) or alone(*rest, **named))
+    lengths = [20, 30, 25, 28, 140]
+    tensors = [x.requires_grad_() for x in make(lengths, torch.bfloat16)]
+    torch.autograd.grad(packed_attention(*tensors, lengths).sum(), tensors)
+    assert len(calls) == 1  # the long one
+    assert [len(batch) for batch in attention._batches(attention._parts(lengths, True, None), 4)] == [3, 1]
+
+
 @pytest.mark.parametrize("options", SIGHTS, ids=str)
 def test_every_way_gives_the_same(small_pieces, seed, options, monkeypatch):
     check(seed, [3, 8, 1], torch.float64, softcap=2.0, **options)
@@ -106,8 +149,8 @@ def test_long_samples(seed, dtype, lengths, options):
         assert error < (1e-5 if dtype == torch.float32 else 1e-2), f"seed {seed}: {error}"
 
 
-def test_short_16_bit_gradients_are_better_than_pytorchs(seed):
-    lengths = [60, 31]
+@pytest.mark.parametrize("lengths", [[60, 31], [60, 31, 44, 52]], ids=["alone", "batched"])
+def test_short_16_bit_gradients_are_better_than_pytorchs(seed, lengths, monkeypatch):
     tensors = [x.requires_grad_() for x in make(lengths, torch.bfloat16)]
     wide = [x.detach().double().requires_grad_() for x in tensors]
     slope = torch.randn_like(tensors[0])
@@ -118,16 +161,17 @@ def test_short_16_bit_gradients_are_better_than_pytorchs(seed):
         return [float((got.double() - true).norm() / true.norm()) for got, true in zip(grads, wanted, strict=True)]
 
     ours = errors()
-    attention.WIDEN_BELOW, before = 0, attention.WIDEN_BELOW
-    try:
-        assert all(mine <= theirs for mine, theirs in zip(ours, errors(), strict=True)), seed
-    finally:
-        attention.WIDEN_BELOW = before
+    monkeypatch.setattr(attention, "WIDEN_BELOW", 0)
+    monkeypatch.setattr(attention, "SHORT", 0)
+    assert all(mine <= theirs for mine, theirs in zip(ours, errors(), strict=True)), seed
 
 
-@pytest.mark.parametrize("options", [{}, {"window": 4}, {"softcap": 5.0}, {"dropout": 0.5}], ids=str)
-def test_samples_never_touch(seed, options):
+@pytest.mark.parametrize("options", [{}, {"causal": False}, {"window": 4}, {"softcap": 5.0}, {"dropout": 0.5}], ids=str)
+@pytest.mark.parametrize("together", [False, True])
+def test_samples_never_touch(seed, options, together, request):
     """Not even not-a-number passes from one sample to another, in either direction."""
+    if together:
+        request.getfixturevalue("batched")
     lengths = [6, 9, 3]
     q, k, v = make(lengths, torch.float32)
     for x in (q, k, v):

@@ -135,11 +135,11 @@ def test_heads_by_other_words(bert, llama):
 def test_answers_by_a_few_rows_of_the_head(llama, in_tmp):
     """The other way notebooks classify: the output layer is cut down to the tokens of the labels, a collator keeps the last."""
     model, tokenizer = FastLanguageModel.from_pretrained(llama, max_seq_length=64, load_in_4bit=False, dtype="float32")
-    numbers = [tokenizer(f" {digit}", add_special_tokens=False)["input_ids"][-1] for digit in range(3)]
-    assert len(set(numbers)) == 3
+    numbers = [tokenizer(f" {digit}", add_special_tokens=False)["input_ids"][-1] for digit in range(5)]
+    assert len(set(numbers)) == 5
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight[numbers].detach().clone())
-    model.lm_head.out_features = 3
-    model.config.tie_word_embeddings, model.config.vocab_size = False, 3
+    model.lm_head.out_features = 5
+    model.config.tie_word_embeddings, model.config.vocab_size = False, 5
     model = FastLanguageModel.get_peft_model(model, r=8, target_modules=["lm_head", "q_proj", "v_proj", "up_proj"])
     wanted = {number: index for index, number in enumerate(numbers)}
 
@@ -156,7 +156,8 @@ def test_answers_by_a_few_rows_of_the_head(llama, in_tmp):
     def numbers_of(ids):
         return torch.where(torch.isin(ids, torch.tensor(numbers)), ids, -1)
 
-    texts = [f"{row['text'][:12]} {row['labels']}" for row in sorted_texts()]
+    words = ["What is", "It is", "Name a", "Red is", "Be brief"]
+    texts = [f"{words[number % 5]} {number % 5}" for number in range(30)]
     run = SFTTrainer(model=model, tokenizer=tokenizer, train_dataset=Dataset.from_dict({"text": texts}), max_seq_length=64,
                      data_collator=DataCollatorForLastTokenLM(tokenizer),
                      args=SFTConfig("out", max_steps=30, per_device_train_batch_size=10, learning_rate=1e-2, logging_steps=1,

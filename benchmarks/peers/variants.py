@@ -48,9 +48,9 @@ def dataset_of(rows: list[dict[str, Any]]) -> Any:
 
 
 def arguments(work: Workload, steps: int, **more: Any) -> dict[str, Any]:
-    """Return the training arguments that all variants share: rows in order, no warm-up, AdamW."""
+    """Return the training arguments that all variants share: rows in order, no warm-up; the optimizer is each library's own choice, AdamW."""
     return {"output_dir": tempfile.mkdtemp(), "per_device_train_batch_size": work.rows_per_step, "max_steps": steps,
-            "learning_rate": work.learning_rate, "lr_scheduler_type": "constant", "optim": "adamw_torch", "weight_decay": 0.01,
+            "learning_rate": work.learning_rate, "lr_scheduler_type": "constant", "weight_decay": 0.01,
             "logging_steps": 1, "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 3407,
             "train_sampling_strategy": "sequential", **({"use_cpu": True} if work.device == "cpu" else {}), **more}
 

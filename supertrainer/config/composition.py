@@ -172,7 +172,7 @@ def _arguments(place: str, family: str) -> tuple[str, ...] | None:
     return None
 
 
-FREE = ("model.config", "dataset.columns", "engine", "trainer.class_weights")  # keys here are the user's or the engine's
+FREE = ("model.config", "model.rope_scaling", "model.new_tokens", "dataset.columns", "engine", "trainer.class_weights")  # keys here are the user's or the engine's
 
 
 def _keys_beside(config: Mapping, key: str) -> tuple[list[str], str]:

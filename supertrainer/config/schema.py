@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .blocks import OWNED, UNUSED, BenchmarkSchema, Block, InferSchema, train_block
+from .blocks import OWNED, OWNED_LORA, UNUSED, BenchmarkSchema, Block, InferSchema, train_block
 from ..runtime import did_you_mean
 
 # %% ../../nbs/config/03_schema.ipynb #c9505a0c
@@ -88,7 +88,14 @@ def sentences(error: ValidationError, schema: type[Block], config: Mapping) -> l
     return [wanted[0] if key not in values else
             f"{key}: must be {' or '.join(dict.fromkeys(wanted))}, but is {describe(values[key])}."
             + (did_you_mean(values[key], _quoted(wanted)) if isinstance(values[key], str) else "")
+            + (_unquoted_word(wanted) if values[key] is False else "")
             for key, wanted in found.items()]
+
+
+def _unquoted_word(wanted: list[str]) -> str:
+    """Return the hint that YAML reads a bare `off` or `no` as false, if such a word is allowed."""
+    word = next((word for word in ("off", "no") if word in _quoted(wanted)), None)
+    return f' YAML reads {word} as false: write "{word}", with the quotes.' if word else ""
 
 
 def _quoted(wanted: list[str]) -> list[str]:
@@ -103,6 +110,8 @@ def unknown_key(loc: tuple | list, allowed: list[str]) -> str:
         return f"{dotted}: decided elsewhere; set {OWNED[key]} instead."
     if "training_kwargs" in loc and key in UNUSED:
         return f"{dotted}: not used here (the data floor, the loader or the exporter decides it); remove it."
+    if "lora" in loc and key in OWNED_LORA:
+        return f"{dotted}: decided elsewhere; set {OWNED_LORA[key]} instead."
     hint = did_you_mean(key, allowed)
     if not hint and len(allowed) <= 24:
         hint = f" Keys here: {', '.join(allowed)}."
@@ -133,12 +142,37 @@ def _data_rules(dataset: Mapping, training: Mapping, family: str) -> list[str]:
                         "use padded or padding_free.")
     return problems
 
+# %% ../../nbs/config/03_schema.ipynb #7397d679
+_OFFLOAD = "trainer.training_kwargs.gradient_checkpointing=offload"
+
+
+def _model_rules(model: Mapping, dataset: Mapping, training: Mapping, unfreeze: list[str]) -> list[str]:
+    problems = []
+    rows, positions = dataset["max_length"], model["max_seq_length"]
+    if rows is not None and positions is not None and rows > positions:
+        problems.append(f"dataset.max_length={rows} is more than model.max_seq_length={positions}, the longest row the model "
+                        f"shall take: set dataset.max_length={positions} or less, or model.max_seq_length={rows}.")
+    if model["freeze_layers"] and (model["lora"] or {}).get("layers_to_transform") is not None:
+        problems.append("model.freeze_layers and model.lora.layers_to_transform both say which layers learn: keep one.")
+    if model["new_tokens"] and model["freeze_layers"] and not model["lora"] and not unfreeze:
+        problems.append(f"model.new_tokens are learnt in the embeddings, and model.freeze_layers={model['freeze_layers']} freezes "
+                        "those: set model.lora, which trains the new rows alone, or name the embeddings in trainer.unfreeze.")
+    if training.get("gradient_checkpointing") == "offload":
+        others = ("activation_checkpointing", "activation_checkpointing_kwargs", "gradient_checkpointing_kwargs")
+        problems += [f"trainer.training_kwargs.{key}: contradicts {_OFFLOAD}, which switches checkpointing on with options "
+                     "of its own; remove one of the two." for key in others if training.get(key) is not None]
+    elif training.get("activation_checkpointing") is False and training.get("gradient_checkpointing"):
+        problems.append("trainer.training_kwargs.activation_checkpointing=false contradicts gradient_checkpointing=true, its "
+                        "other name: remove one of the two.")
+    return problems
+
 # %% ../../nbs/config/03_schema.ipynb #08dddd8f
 def _rules(config: Mapping) -> list[str]:
     problems = []
     trainer, dataset = config["trainer"], config["dataset"]
     training, family = trainer["training_kwargs"], config["family"]
     problems += _data_rules(dataset, training, family)
+    problems += _model_rules(config["model"], dataset, training, trainer["unfreeze"])
     expected = "classification" if family == "bert" else "sft"
     if trainer["name"] in ("classification", "sft") and trainer["name"] != expected:
         problems.append(f"trainer.name: {trainer['name']} does not train the family {family}; use trainer.name={expected}.")

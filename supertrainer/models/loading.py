@@ -105,10 +105,10 @@ def prepare_config(request: Request, family: Family, place: str) -> tuple[dict[s
         UserError: positions that cannot be stretched, see `supertrainer.models.lengths`.
     """
     changes: dict[str, Any] = {}
-    if family.has_labels and (request.labels or request.num_labels):
-        changes |= label_config(request)
     if family.has_labels and (request.labels or request.num_labels or request.task):
         changes["problem_type"] = family.problem_type
+    if family.has_labels and (request.labels or request.num_labels):
+        changes |= label_config(request)
     longer = request.rope_scaling is not None or request.max_seq_length is not None
     if not longer and not (family.task == "regression" and request.task and not changes.get("num_labels")):
         return changes, []
@@ -143,6 +143,7 @@ def load_pretrained(request: Request, family: Family, place: str, *, dtype: torc
             changes, decisions = prepare_config(request, family, place)
             if family.has_labels and (request.labels or request.num_labels or "num_labels" in changes):
                 options["ignore_mismatched_sizes"] = True
+            changes.pop("num_labels", None)  # id2label says it; transformers checks a 1 against the checkpoint's old problem
             torch.manual_seed(request.seed)  # a new head is drawn from the seed
             model, report, tried = _with_attention(
                 lambda name: family.model_class().from_pretrained(

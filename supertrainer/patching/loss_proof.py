@@ -17,7 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from ..check import Check, within
-from .loss import KERNEL, knows_logits, masked_loss, own_loss, record_loss, why_own_loss
+from .batches import step_batch
+from supertrainer.patching.loss import (
+    IGNORE,
+    KERNEL,
+    is_encoder_decoder,
+    knows_logits,
+    masked_loss,
+    own_loss,
+    record_loss,
+    why_own_loss,
+)
 from .proof import has_dropout
 from .record import Patches, Swapped, patches, plain, plain_model
 
@@ -169,6 +179,7 @@ def prove_masked_loss(model: nn.Module, batch: Mapping[str, Any]) -> list[Check]
     if known is not None and not known.kept:
         record.remove(known)  # an earlier verdict must not decide this one
     with _undisturbed(model):
+        batch = _affordable(model, batch)
         with plain(model):
             own = _step(model, batch, own_loss)
         if why_own_loss(plain_model(model)) is None and not knows_logits(plain_model(model)):
@@ -184,6 +195,15 @@ def prove_masked_loss(model: nn.Module, batch: Mapping[str, Any]) -> list[Check]
                 _record(model, True, "proven on one batch", checks)
             return checks
         return checks + _without_culprits(model, batch, own, epsilon, checks, refused is None)
+
+
+def _affordable(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """Return as much of `batch` as the plain model's logits may cost."""
+    inner = plain_model(model)
+    if is_encoder_decoder(inner):
+        return dict(batch)
+    vocabulary = getattr(inner.config.get_text_config(), "vocab_size", None) or 0
+    return step_batch(batch, vocabulary, IGNORE)
 
 
 def _record(model: nn.Module, kept: bool, reason: str, checks: list[Check]) -> None:

@@ -29,7 +29,7 @@ from ..report.preview import PreviewData, ShownRow, ShownText
 from ..report.preview_html import as_fragment, as_html, tokens_fragment
 from ..report.preview_terminal import as_text, image_runs, use_colour
 from .counting import efficiencies, measure_images, measure_texts, measure_tokens, rejection, sample_of
-from .recipes import CHECKED_ROWS, load_tokenizer, read_splits, spread, with_data
+from .recipes import CHECKED_ROWS, load_tokenizer, read_splits, spread, with_data, with_new_tokens
 from .showing import shown_chat, shown_image, shown_input, shown_tags, shown_text, shown_vision
 from ..runtime import UserError, did_you_mean, no_bars, quiet
 
@@ -215,20 +215,26 @@ def has_turns(processor: Any, kind: str) -> bool:
     return kind in ("chat", "preference", "unpaired_preference") and not bare
 
 
-def checks_of(cfg: StrictDict, splits: Splits, processor: Any, kind: str) -> Iterator[Check]:
-    """Yield what can be proven about rows, template and model without its weights."""
+def checks_of(cfg: StrictDict, splits: Splits, processor: Any, kind: str, loaded: Any = None) -> Iterator[Check]:
+    """Yield what can be proven about rows, template and model without its weights.
+
+    Args:
+        processor: what encodes the rows.
+        loaded: the same without `model.new_tokens`, whose rows the model gets only when it is loaded.
+    """
+    loaded = processor if loaded is None else loaded
     options = cfg.dataset.to_dict()
     turns = has_turns(processor, kind)
     if turns and kind == "chat":
         sample = sample_of(splits.train, CHECKED_ROWS)
         tools = sample["tools"] if "tools" in sample.column_names else None
         yield from check_masks(processor, sample["messages"], tools=tools, train_on=options.get("train_on") or "assistant")
-    facts = model_facts(cfg.model.name, processor, family=cfg.family, revision=cfg.model.revision,
+    facts = model_facts(cfg.model.name, loaded, family=cfg.family, revision=cfg.model.revision,
                         config=cfg.model.config.to_dict())
     if turns and facts.stop_ids:
         yield check_terminator(processor, facts.stop_ids)
     if facts.embedding_rows:
-        yield check_vocabulary(processor, facts.embedding_rows)
+        yield check_vocabulary(loaded, facts.embedding_rows)
 
 # %% ../../nbs/run/08_preview.ipynb #1e68eb63
 def facts_of(cfg: StrictDict, splits: Splits, processor: Any, kind: str) -> list[tuple[str, str]]:
@@ -269,10 +275,11 @@ def preview(cfg: StrictDict, rows: int = 5, row: str | int | Sequence[str | int]
     cfg, started = with_data(cfg if isinstance(cfg, StrictDict) else StrictDict(cfg), data), time.perf_counter()
     with no_bars(), quiet("transformers"):
         splits = read_splits(cfg, data, eval_data)
-        processor = load_tokenizer(cfg, splits)
+        loaded = load_tokenizer(cfg, splits)
+        processor = with_new_tokens(cfg, loaded)
         found = _gather(cfg, splits, processor)
         found.rows = _rows(cfg, splits, processor, found.kind, rows, row)
-        found.checks = list(checks_of(cfg, splits, processor, found.kind))
+        found.checks = list(checks_of(cfg, splits, processor, found.kind, loaded))
     found.seconds = time.perf_counter() - started
     return found
 

@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['CHECKED_ROWS', 'SHOWN_ROWS', 'INSPECTED_ROWS', 'Prepared', 'prepare', 'settle', 'spread', 'some_rows', 'with_data',
-           'read_splits', 'load_tokenizer', 'prepare_texts', 'prepare_chats', 'cut_warnings', 'encoded_facts',
-           'batched', 'fit_to_model', 'require_positions', 'check_embedding', 'check_stops', 'prepare_images',
-           'seen_warnings', 'image_facts', 'verification_rows']
+           'read_splits', 'load_tokenizer', 'with_new_tokens', 'check_same_tokens', 'prepare_texts', 'prepare_chats',
+           'cut_warnings', 'encoded_facts', 'batched', 'fit_to_model', 'require_positions', 'check_embedding',
+           'check_stops', 'prepare_images', 'seen_warnings', 'image_facts', 'verification_rows']
 
 # %% ../../nbs/run/01_recipes.ipynb #864c3a69
 from collections.abc import Callable, Mapping, Sequence
+from copy import deepcopy
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -28,6 +29,7 @@ from ..data.vision import family_of, is_seq2seq
 from ..data.vision_batch import VisionCollator
 from ..data.vision_proof import check_labels
 from ..data.vision_rows import RowReport, inspect_rows
+from ..models.padding import get_tokenizer
 from ..models.processor import ModelFacts, load_processor
 from ..registry import lookup, register
 from ..runtime import UserError, no_bars
@@ -138,6 +140,26 @@ def load_tokenizer(cfg: StrictDict, splits: Splits) -> Any:
                                config=cfg.model.config.to_dict(), texts=training_texts(splits),
                                task=splits.kind if cfg.family == "bert" else None)
     return get_chat_template(processor, cfg.dataset.template) if cfg.dataset.template else processor
+
+# %% ../../nbs/run/01_recipes.ipynb #681c49ad
+def with_new_tokens(cfg: StrictDict, processor: Any) -> Any:
+    """Return a copy of `processor` with the tokens of `model.new_tokens`; without any, itself."""
+    if not cfg.model.new_tokens:
+        return processor
+    grown = deepcopy(processor)
+    tokenizer = get_tokenizer(grown)
+    known = tokenizer.get_vocab()
+    tokenizer.add_tokens([token for token in dict.fromkeys(cfg.model.new_tokens) if token not in known])
+    return grown
+
+
+def check_same_tokens(encoder: Any, loaded: Any) -> list[Check]:
+    """Check that rows were encoded with the vocabulary of the loaded model; nothing where both are one object."""
+    if encoder is loaded:
+        return []
+    ours, theirs = (get_tokenizer(processor).get_vocab() for processor in (encoder, loaded))
+    differ = len(set(ours.items()) ^ set(theirs.items()))
+    return [Check("rows are encoded with the model's tokens", not differ, differ, 0, f"{len(theirs)} tokens")]
 
 # %% ../../nbs/run/01_recipes.ipynb #a6d99434
 @register("recipe", "bert")
@@ -260,16 +282,20 @@ def fit_to_model(cfg: StrictDict, prepared: Prepared, model: Any) -> list[Check]
     rows = some_rows(prepared.eval, 4)
     return [check_packing(model, rows, prepared.collator)] if len(rows) > 1 else []
 
-
-def require_positions(cfg: StrictDict, prepared: Prepared, facts: ModelFacts) -> None:
-    """Raise a `UserError` if a row is longer than the model has positions for."""
+# %% ../../nbs/run/01_recipes.ipynb #fb3da69b
+def require_positions(cfg: StrictDict, prepared: Prepared, positions: int | None) -> None:
+    """Raise a `UserError` if a row is longer than `model.max_seq_length`, or than the `positions` the model has."""
     columns = getattr(prepared.rows, "column_names", None) or []
-    if facts.positions is None or "input_ids" not in columns or not hasattr(prepared.rows, "__len__"):
+    limit = cfg.model.max_seq_length or positions
+    if limit is None or "input_ids" not in columns or not hasattr(prepared.rows, "__len__"):
         return
     longest = max(prepared.rows["length"][:] if "length" in columns else map(len, prepared.rows["input_ids"]), default=0)
-    if longest > facts.positions:
-        raise UserError(f"dataset.max_length={cfg.dataset.max_length}: {cfg.model.name} has positions for {facts.positions} "
-                        f"tokens, and the longest row has {longest}. Set dataset.max_length={facts.positions}.")
+    if longest > limit:
+        stated = (f"model.max_seq_length={limit}" if cfg.model.max_seq_length
+                  else f"dataset.max_length={cfg.dataset.max_length}: {cfg.model.name} has positions for {limit} tokens")
+        stretch = "" if cfg.model.max_seq_length else ", which stretches positions that are rotary"
+        raise UserError(f"{stated}, and the longest row has {longest}. Set dataset.max_length={limit}, which cuts rows, or "
+                        f"model.max_seq_length={longest}{stretch}.")
 
 
 def check_embedding(processor: Any, facts: ModelFacts) -> list[Check]:

@@ -23,6 +23,7 @@ from ..export.merge import save_model
 from ..models.base import FastModel
 from ..models.bert import FastBERT
 from ..models.info import count_parameters, info
+from ..models.lengths import position_limit
 from ..models.llm import FastLLM
 from ..models.mllm import FastMLLM
 from ..models.processor import model_facts
@@ -33,6 +34,7 @@ from ..runtime import (MemoryMeter, UserError, environment, get_logger, human_se
                                    quiet, seed_everything)
 from ..trainers.base import build_trainer
 from ..trainers.callbacks import LivePlot, MetricsLog
+from ..trainers.precision import choose_precision
 
 log = get_logger("run")
 LOADERS: dict[str, type[FastModel]] = {"bert": FastBERT, "llm": FastLLM, "mllm": FastMLLM}
@@ -42,16 +44,22 @@ def load_model(cfg: StrictDict, splits: Splits, processor: Any) -> Any:
     """Load the model of a training configuration for `processor`, with its adapter if it has one."""
     kwargs = cfg.trainer.model_kwargs
     loader = LOADERS[cfg.family]
-    extra: dict[str, Any] = {"labels": list(splits.labels), "task": splits.kind} if cfg.family == "bert" else {}
-    if not cfg.model.lora and kwargs.dtype == "auto":
-        extra["full_finetuning"] = True  # all weights learn, so they are kept in float32
+    chosen = cfg.model.to_dict()
+    extra: dict[str, Any] = {name: chosen[name] for name in ("max_seq_length", "rope_scaling", "new_tokens",
+                                                             "resize_model_vocab", "pad_vocab_to_multiple_of")}
+    if cfg.family == "bert":
+        extra |= {"labels": list(splits.labels), "task": splits.kind}
+    if not cfg.model.lora:
+        extra["freeze_layers"] = cfg.model.freeze_layers
+        extra["full_finetuning"] = kwargs.dtype == "auto" or None  # all weights learn, so they are kept in float32
     model, _ = loader.from_pretrained(
         cfg.model.name, dtype=kwargs.dtype, attn_implementation=kwargs.attn_implementation, device=kwargs.device,
         revision=cfg.model.revision, config=cfg.model.config.to_dict(), processor=processor, seed=cfg.seed,
         kernels=kwargs.kernels,
         quantization=cfg.trainer.bitsandbytes_kwargs.to_dict() or None, **extra)
     if cfg.model.lora:
-        model = loader.get_peft_model(model, random_state=cfg.seed, **cfg.model.lora.to_dict())
+        model = loader.get_peft_model(model, random_state=cfg.seed, freeze_layers=chosen["freeze_layers"], **chosen["lora"])
+    info(model).decide(choose_precision(model, cfg.trainer.training_kwargs.to_dict()))
     return model
 
 # %% ../../nbs/run/03_training.ipynb #7ea91077
@@ -63,6 +71,8 @@ def resolved(cfg: StrictDict, model: Any) -> StrictDict:
         kwargs = copy.trainer.model_kwargs
         kwargs.dtype = chosen.get("dtype", kwargs.dtype)
         kwargs.attn_implementation = chosen.get("attention", kwargs.attn_implementation)
+        if chosen.get("mixed precision") == "bfloat16":
+            copy.trainer.training_kwargs.bf16 = True
     return copy
 
 
@@ -119,7 +129,8 @@ def fit(run: Run, model: Any, tokenizer: Any, prepared: recipes.Prepared) -> Any
         training_kwargs={**prepared.training_kwargs, **cfg.trainer.training_kwargs.to_dict(), "seed": cfg.seed},
         name=cfg.trainer.name,
         early_stopping=cfg.trainer.early_stopping.to_dict() if cfg.trainer.early_stopping else None,
-        freeze=list(cfg.trainer.freeze), unfreeze=list(cfg.trainer.unfreeze), **prepared.extra)
+        freeze=list(cfg.trainer.freeze), unfreeze=list(cfg.trainer.unfreeze),
+        embedding_learning_rate=cfg.trainer.embedding_learning_rate, **prepared.extra)
     with no_bars():
         trainer.train()
     return trainer
@@ -163,18 +174,21 @@ def train(cfg: StrictDict, from_run: str | None = None, *, data: Any = None, eva
         checks, notes = check_repetition(from_run, splits) if from_run else ([], [])
         _require_all(checks)
         processor = recipes.load_tokenizer(cfg, splits)
-        prepared = recipes.prepare(cfg, splits, processor)
+        encoder = recipes.with_new_tokens(cfg, processor)
+        prepared = recipes.prepare(cfg, splits, encoder)
         facts = model_facts(cfg.model.name, processor, family=cfg.family, revision=cfg.model.revision,
                             config=cfg.model.config.to_dict())
-        recipes.require_positions(cfg, prepared, facts)
+        recipes.require_positions(cfg, prepared, None if cfg.model.rope_scaling else facts.positions)
         checks += [*prepared.checks, *recipes.check_embedding(processor, facts)]
         _require_all(checks)
         with no_bars():
             model = load_model(cfg, splits, processor)
+        recipes.require_positions(cfg, prepared, position_limit(model.config))
         run = open_folder(cfg, model, splits, from_run)
         with noting_failure(run):
             write_rejects([*splits.rejected, *prepared.rejected], run.dir / "rejects.jsonl")
-            checks += [*recipes.check_stops(processor, model, splits.kind), *recipes.fit_to_model(cfg, prepared, model)]
+            checks += [*recipes.check_same_tokens(encoder, processor), *recipes.check_stops(processor, model, splits.kind),
+                       *recipes.fit_to_model(cfg, prepared, model)]
             run.checks.add(*checks)
             _require_all(checks)
             results = _learn(run, model, processor, prepared, splits, clock)

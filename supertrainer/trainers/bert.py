@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'METRIC_NAMES', 'balanced_weights', 'class_weights_for', 'accuracy_and_macro_f1', 'label_set_scores',
-           'likeliest', 'tag_scores', 'class_loss', 'label_set_loss', 'tag_loss', 'check_rows', 'check_metric',
-           'ClassificationTrainer']
+           'likeliest', 'tag_scores', 'class_loss', 'label_set_loss', 'tag_loss', 'check_task', 'check_rows',
+           'check_metric', 'ClassificationTrainer']
 
 # %% ../../nbs/trainers/02_bert.ipynb #1ca7d07d
 from collections.abc import Mapping, Sequence
@@ -141,6 +141,19 @@ def tag_loss(logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor |
     return total / words.clamp(min=1)
 
 # %% ../../nbs/trainers/02_bert.ipynb #8956a465
+_ELSEWHERE = {"regression": "transformers' Trainer teaches it numbers",
+              "masked_lm": "transformers' Trainer teaches it with DataCollatorForLanguageModeling",
+              "embeddings": "load it with supertrainer.unsloth.FastSentenceTransformer, whose trainer learns from pairs"}
+
+
+def check_task(task: str) -> None:
+    """Raise a `UserError` if no run teaches an encoder for `task`."""
+    if task not in METRICS:
+        other = f" For {task}: {_ELSEWHERE[task]}." if task in _ELSEWHERE else ""
+        raise UserError(f"This encoder was loaded for {task}, which no run trains: load it with task= one of "
+                        f"{', '.join(METRICS)}.{other}")
+
+
 def check_rows(task: str, classes: int, rows: Any) -> None:
     """Raise a `UserError` if the labels of encoded rows are not what a head for `task` with `classes` outputs learns."""
     row = rows[0] if hasattr(rows, "__len__") and len(rows) else {}
@@ -175,6 +188,7 @@ class ClassificationTrainer(HouseRules, Trainer):
     def __init__(self, *, model: nn.Module, class_weights: Sequence[float] | None = None, compute_metrics: Any = None,
                  **kwargs: Any) -> None:
         config, self.task = model.config, task_of(model)
+        check_task(self.task)
         if class_weights is not None and len(class_weights) != config.num_labels:
             raise UserError(f"class_weights has {len(class_weights)} weights, the model {config.num_labels} classes.")
         check_rows(self.task, config.num_labels, kwargs.get("train_dataset"))
