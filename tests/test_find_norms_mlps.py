@@ -258,7 +258,8 @@ def fitting(mlp):
 
 
 @pytest.mark.parametrize("act", [None, *(ACT2FN[name] for name in ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu",
-                                                                    "relu2", "sigmoid")), F.silu, torch.relu], ids=str)
+                                                                    "relu2", "sigmoid")), F.silu, torch.relu],
+                         ids=lambda act: getattr(act, "__name__", None) or type(act).__name__)
 @pytest.mark.parametrize("swapped", (False, True))
 def test_a_gated_mlp_is_found_whatever_its_names(seed, act, swapped):
     mlp = MLP(("w1", "w3", "w2"), act, swapped, bias=True)
