@@ -119,7 +119,8 @@ def _samples(layout: Layout, module: nn.Module, q: Tensor, mask: Any, extra: Map
     kind = module.config._attn_implementation
     if kind != "sdpa" and (kind != "eager" or layout.weights or module._forward_hooks):
         return None
-    if not isinstance(mask, Tensor) or mask.dim() != 4 or mask.shape[0] != q.shape[0] or mask.shape[2] != q.shape[1]:
+    # a tensor of another class may have no values to read (shapes only, as in an estimate of memory)
+    if type(mask) is not Tensor or mask.dim() != 4 or mask.shape[0] != q.shape[0] or mask.shape[2] != q.shape[1]:
         return None
     if _strange(extra) or torch.compiler.is_compiling():
         return None
