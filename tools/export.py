@@ -50,8 +50,8 @@ def export(root: Path) -> None:
     for path in sorted((root / "nbs").rglob("*.ipynb")):
         if ".ipynb_checkpoints" not in path.parts:
             clean(path)
-    (root / "supertrainer" / "_modidx.py").unlink(missing_ok=True)
     subprocess.run([BIN / "nbdev-export"], cwd=root, check=True)
+    (root / "supertrainer" / "_modidx.py").unlink(missing_ok=True)  # nbdev's index for its documentation, not ours
     (root / "README.md").write_text(readme(root), "utf-8")
 
 
@@ -60,7 +60,8 @@ def differences(a: Path, b: Path) -> list[str]:
     found = [] if filecmp.cmp(a / "README.md", b / "README.md", shallow=False) else ["README.md"]
     for part in ("supertrainer", "nbs"):
         names = {p.relative_to(x) for x in (a, b) for p in (x / part).rglob("*")
-                 if p.is_file() and p.suffix in (".py", ".ipynb") and ".ipynb_checkpoints" not in p.parts}
+                 if p.is_file() and p.suffix in (".py", ".ipynb") and p.name != "_modidx.py"
+                 and ".ipynb_checkpoints" not in p.parts}
         found += [str(n) for n in sorted(names) if not ((a / n).is_file() and (b / n).is_file()
                                                         and filecmp.cmp(a / n, b / n, shallow=False))]
     return found

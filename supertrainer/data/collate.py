@@ -7,9 +7,8 @@ __all__ = ['LIMITS', 'NOISE_FACTOR', 'NOISE_CAP', 'ChatCollator', 'block_mask', 
            'collator_for', 'is_causal', 'check_packing']
 
 # %% ../../nbs/data/18_collate.ipynb #23ee0e50
-import contextlib
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..check import Check, within
-from ..patching import IGNORE, plain_model
+from ..patching import IGNORE, plain_model, undisturbed
 
 # %% ../../nbs/data/18_collate.ipynb #8829068c
 def _weights(rows: Sequence[Mapping[str, Any]]) -> list[Sequence[float]] | None:
@@ -232,7 +231,8 @@ def check_packing(model: nn.Module, rows: Sequence[Mapping[str, Any]], collate: 
     samples = [list(row["input_ids"][: row.get("seq_lengths", [max_tokens])[0]])[:max_tokens] for row in rows]
     if len(samples) < 2:
         return Check(_NAME, False, "one row", "two rows", "there is nothing to keep apart; give at least two rows")
-    with _looking(model):
+    with undisturbed(model), torch.no_grad():
+        model.eval()
         alone = [_logits(model, {"input_ids": [ids]})[0] for ids in samples]
         noise = _padded_noise(model, samples, alone, collate.pad_token_id)
         try:
@@ -245,20 +245,6 @@ def check_packing(model: nn.Module, rows: Sequence[Mapping[str, Any]], collate: 
     return check if check.passed else within(_NAME, error, limit, f"{detail}. Rows of a bin see each other: {_ADVICE}")
 
 # %% ../../nbs/data/18_collate.ipynb #b9ce71f2
-@contextlib.contextmanager
-def _looking(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients inside; modes and random state as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
-        try:
-            model.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-
-
 def _logits(model: nn.Module, inputs: Mapping[str, Any]) -> Tensor:
     """Return float32 logits `[batch, length, vocabulary or classes]` of one forward without a cache."""
     device = next(model.parameters()).device

@@ -235,8 +235,8 @@ class _Refused(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> None:
-        raise RuntimeError("this loss can be differentiated once only; for a second derivative use its plain reference "
-                           "(row_losses_reference, linear_cross_entropy_reference)")
+        raise RuntimeError("this kernel can be differentiated once only; for a second derivative use its plain reference, "
+                           "the function of its module whose name ends in _reference")
 
 
 def differentiable_once(backward: Callable) -> Callable:

@@ -26,9 +26,9 @@ from .loading import load
 from .offload import check_checkpointing, is_checkpointing, switch_checkpointing
 from .padding import get_tokenizer
 from .parts import check_modules, chosen_modules, frozen_patterns, layer_list, linear_names
-from .request import KERNELS, Request, check_kernels
+from .request import Request
 from .vocabulary import extend, resize_vocabulary, trainable_rows
-from ..patching import patch_model
+from ..patching import kernel_problems, patch_model
 from ..runtime import Decision, UserError, did_you_mean, quiet
 
 with quiet():  # it imports bitsandbytes, which reports what it did not find
@@ -158,8 +158,8 @@ def get_peft_model(model: PreTrainedModel, r: int = 16, lora_alpha: float = 16, 
     found = info(model)
     if isinstance(model, peft.PeftModel):
         raise UserError("This model has an adapter already. Train that one, or load the base again.")
-    kernels = found.reload.get("kernels", KERNELS[0]) if kernels is None else kernels
-    if problems := check_checkpointing(use_gradient_checkpointing) + check_kernels(kernels):
+    kernels = found.reload.get("kernels", "own") if kernels is None else kernels
+    if problems := check_checkpointing(use_gradient_checkpointing) + kernel_problems(kernels):
         raise UserError(*problems)
     chosen = {"vision": finetune_vision_layers, "language": finetune_language_layers,
               "attention": finetune_attention_modules, "mlp": finetune_mlp_modules}

@@ -26,6 +26,7 @@ from ..kernels.rope import rotate
 from .linears import exact_forward, has_four_bit, project
 from .masks import Samples, packed_samples
 from .proof import Candidate
+from .record import is_untouched
 
 # %% ../../nbs/patching/05_attention.ipynb #479b86cd
 @dataclass(frozen=True)
@@ -341,11 +342,6 @@ def _layouts(module: nn.Module) -> list[Layout]:
             for rope in ropes]
 
 # %% ../../nbs/patching/05_attention.ipynb #ab920e32
-def _hooked(module: nn.Module) -> bool:
-    return "forward" in module.__dict__ or bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks)
-
-
 def _key(module: nn.Module) -> tuple:
     """Return what tells one kind of layer from another: class, parts, weights, settings; not its place in the model."""
     parts = tuple((name, type(part)) for name, part in module.named_modules())
@@ -364,7 +360,7 @@ def find_attention(model: nn.Module, backend: str = "own") -> Iterator[Candidate
         backend: kept for the other finders' sake: Liger has no attention kernel.
     """
     for name, module in model.named_modules():
-        if not hasattr(module, "config") or _hooked(module):
+        if not hasattr(module, "config") or not is_untouched(module):
             continue
         for layout in _layouts(module):
             # what a class returns as weights under "eager" nobody reads unless they are asked for

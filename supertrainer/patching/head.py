@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.linear_cross_entropy import is_plain_linear
+from .record import is_untouched
 
 # %% ../../nbs/patching/05b_head.ipynb #6e1c19f2
 @dataclass(frozen=True)
@@ -37,12 +38,6 @@ class HeadParts:
 Reader = Callable[[Tensor], HeadParts]
 
 
-def _untouched(layer: nn.Module) -> bool:
-    """Return whether nobody else watches or replaces what `layer` computes."""
-    hooks = (layer._forward_hooks, layer._forward_pre_hooks, layer._backward_hooks, layer._backward_pre_hooks)
-    return "forward" not in vars(layer) and not any(hooks)
-
-
 def _read_matrix(layer: nn.Module) -> Reader | None:
     if not is_plain_linear(layer) or (layer.weight.requires_grad and layer.weight.dtype == torch.float16):
         return None
@@ -54,7 +49,7 @@ def _comes_from(layer: Any, package: str) -> bool:
 
 
 def _read_four_bits(layer: nn.Module) -> Reader | None:
-    if not _comes_from(layer, "bitsandbytes") or not _untouched(layer):
+    if not _comes_from(layer, "bitsandbytes") or not is_untouched(layer):
         return None
     from bitsandbytes.functional import dequantize_4bit
     from bitsandbytes.nn import Linear4bit
@@ -73,7 +68,7 @@ def _read_four_bits(layer: nn.Module) -> Reader | None:
 
 # %% ../../nbs/patching/05b_head.ipynb #c47ea63d
 def _read_lora(layer: nn.Module) -> Reader | None:
-    if not _comes_from(layer, "peft") or not _untouched(layer):
+    if not _comes_from(layer, "peft") or not is_untouched(layer):
         return None
     from peft.tuners import lora
 
@@ -107,7 +102,7 @@ def _read_base(layer: nn.Module) -> Reader | None:
 # %% ../../nbs/patching/05b_head.ipynb #2ddfe59c
 def _active_copy(layer: nn.Module) -> nn.Module:
     """Return the layer that `layer` hands its input to: itself, unless it is PEFT's `modules_to_save` wrapper."""
-    if not _comes_from(layer, "peft") or not _untouched(layer):
+    if not _comes_from(layer, "peft") or not is_untouched(layer):
         return layer
     from peft.utils import ModulesToSaveWrapper
 

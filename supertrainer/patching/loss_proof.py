@@ -28,7 +28,7 @@ from supertrainer.patching.loss import (
     record_loss,
     why_own_loss,
 )
-from .proof import has_dropout
+from .proof import has_dropout, undisturbed
 from .record import Patches, Swapped, patches, plain, plain_model
 
 # %% ../../nbs/patching/07_loss_proof.ipynb #2e7ff733
@@ -40,24 +40,13 @@ def _draws_otherwise(model: nn.Module) -> list[nn.Module]:
 
 
 @contextlib.contextmanager
-def _undisturbed(model: nn.Module) -> Iterator[None]:
-    """Train mode inside; modes, buffers and random state as before afterwards."""
-    modes = [(module, module.training) for module in model.modules()]
-    buffers = [(buffer, buffer.detach().clone()) for buffer in model.buffers()]
-    devices = sorted({p.device.index or 0 for p in model.parameters() if p.device.type == "cuda"})
-    with torch.random.fork_rng(devices=devices), torch.enable_grad():
-        try:
-            model.train()
-            for module in _draws_otherwise(model):
-                module.eval()
-            yield
-        finally:
-            for module, training in modes:
-                module.training = training
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    if not torch.equal(buffer, before):
-                        buffer.copy_(before)
+def _as_in_training(model: nn.Module) -> Iterator[None]:
+    """Train mode inside, but for what draws random numbers in another order when patched; no trace afterwards."""
+    with undisturbed(model), torch.enable_grad():
+        model.train()
+        for module in _draws_otherwise(model):
+            module.eval()
+        yield
 
 # %% ../../nbs/patching/07_loss_proof.ipynb #e2810098
 @dataclass(frozen=True)
@@ -128,11 +117,7 @@ def _kinds(model: nn.Module) -> dict[str, list[Swapped]]:
 
 
 def _take_back(record: Patches, kinds: Mapping[str, list[Swapped]], reason: str) -> None:
-    for swapped in (swapped for swaps in kinds.values() for swapped in swaps):
-        swapped.active = False
-        if swapped.module.__dict__.get("forward") is swapped:
-            del swapped.module.__dict__["forward"]
-        record.swapped.remove(swapped)
+    record.take_back([swapped for swaps in kinds.values() for swapped in swaps])
     record[:] = [replace(patch, kept=False, reason=reason) if patch.kept and patch.kernel in kinds else patch
                  for patch in record]
 
@@ -178,7 +163,7 @@ def prove_masked_loss(model: nn.Module, batch: Mapping[str, Any]) -> list[Check]
     known = record.find(KERNEL)
     if known is not None and not known.kept:
         record.remove(known)  # an earlier verdict must not decide this one
-    with _undisturbed(model):
+    with _as_in_training(model):
         batch = _affordable(model, batch)
         with plain(model):
             own = _step(model, batch, own_loss)
@@ -243,7 +228,7 @@ def prove_step(model: nn.Module, batch: Mapping[str, Any], loss_of: Callable[[nn
     if not patches(model).swapped:
         return []
     epsilon = _epsilon(model)
-    with _undisturbed(model):
+    with _as_in_training(model):
         with plain(model):
             own = _step(model, batch, loss_of)
         checks = _compare(_step(model, batch, loss_of), own, epsilon)

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from ..kernels.activations import ACTIVATIONS, activate, activate_reference, glu
 from . import linears
-from .norms import takes_one, the_one, untouched
+from .norms import takes_one, the_one
 from .proof import Candidate
+from .record import is_untouched
 
 # %% ../../nbs/patching/03_mlp.ipynb #b090f0e9
 def recognised(function: Callable) -> str | None:
@@ -39,7 +40,7 @@ def _as_found(module: nn.Module, acting: str | None, kind: Any) -> bool:
     if acting is None:
         return True
     function = getattr(module, acting, None)
-    return type(function) is kind and untouched(function) if isinstance(function, nn.Module) else function is kind
+    return type(function) is kind and is_untouched(function) if isinstance(function, nn.Module) else function is kind
 
 
 def gated_mlp(module: nn.Module, *args: Any, gate: str, up: str, down: str, activation: str, acting: str | None = None,
@@ -174,7 +175,7 @@ def find_mlps(model: nn.Module, backend: str = "own") -> Iterator[Candidate]:
         backend: `"own"` or `"liger"`; Liger has no kernel that fits between adapters, so both give ours.
     """
     for name, module in model.named_modules():
-        if not untouched(module) or not takes_one(module):
+        if not is_untouched(module) or not takes_one(module):
             continue
         if next(module.children(), None) is None:
             yield from _activations(name, module)
