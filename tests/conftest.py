@@ -1,6 +1,9 @@
 """What all tests share: no network, one thread per worker, quiet libraries, a folder of their own to run in."""
 
 import os
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -15,6 +18,28 @@ def _threads():
     import torch
 
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
+
+
+@pytest.fixture
+def seed():
+    """A fresh seed; every assertion message names it."""
+    import torch
+
+    value = int.from_bytes(os.urandom(4), "little") % 2**31
+    torch.manual_seed(value)
+    return value
+
+
+@pytest.fixture
+def in_a_new_process():
+    """Run Python code in a process of its own, where Triton can be told to interpret before it is imported."""
+    pytest.importorskip("triton")
+
+    def run(code, *args, **environment):
+        return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=600,
+                              cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+
+    return run
 
 
 @pytest.fixture

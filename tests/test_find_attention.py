@@ -1,7 +1,6 @@
 """Attention layers found by structure: packed rows equal samples alone, padded and plain batches equal the class's own."""
 
 import copy
-import os
 import pickle
 
 import pytest
@@ -46,14 +45,6 @@ ENCODERS = {"bert": ("BertForMaskedLM", SIZES), "roberta": ("RobertaForMaskedLM"
             "electra": ("ElectraForMaskedLM", {**SIZES, "embedding_size": 32}),
             "modernbert": ("ModernBertForMaskedLM", {**SIZES, "local_attention": 6, "global_attn_every_n_layers": 2}),
             "distilbert": ("DistilBertForMaskedLM", dict(vocab_size=60, dim=32, hidden_dim=48, n_layers=2, n_heads=4))}
-
-
-@pytest.fixture
-def seed():
-    """A fresh seed; every assertion message names it."""
-    value = int.from_bytes(os.urandom(4), "little") % 2**31
-    torch.manual_seed(value)
-    return value
 
 
 def build(name, table=CAUSAL, **more):

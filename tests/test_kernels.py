@@ -21,14 +21,6 @@ TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-5, torch.bfloat16: 3e-2, to
 
 
 @pytest.fixture
-def seed():
-    """A fresh seed; every assertion message names it."""
-    value = int.from_bytes(os.urandom(4), "little") % 2**31
-    torch.manual_seed(value)
-    return value
-
-
-@pytest.fixture
 def small_pieces(monkeypatch):
     monkeypatch.setattr(cross_entropy, "BLOCK_ELEMENTS", 300)
     monkeypatch.setattr(linear_cross_entropy, "CHUNK_ELEMENTS", 700)
@@ -604,20 +596,14 @@ print("compiled")
 """
 
 
-def in_a_new_process(code, *args, **environment):
-    pytest.importorskip("triton")
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True, timeout=120,
-                          cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-
-
-def test_the_triton_version_in_its_interpreter(seed):
+def test_the_triton_version_in_its_interpreter(seed, in_a_new_process):
     done = in_a_new_process(INTERPRETED, seed, Path(__file__).parent)
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-3000:]}"
     assert int(done.stdout.split()[-1]) > 50  # it was the Triton version
     assert "far apart" in done.stdout or os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") < 16 * 2**30
 
 
-def test_the_triton_version_compiles_for_a_gpu(tmp_path):
+def test_the_triton_version_compiles_for_a_gpu(tmp_path, in_a_new_process):
     done = in_a_new_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
 

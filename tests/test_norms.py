@@ -1,9 +1,6 @@
 """Norms against float64 references that share no code: every gradient, odd shapes, strides and types, Triton too."""
 
 import itertools
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -16,14 +13,6 @@ from supertrainer.kernels.norms import add_rms_norm, layer_norm, rms_norm, rms_n
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 2e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 SHAPES = [(1, 1), (7, 31), (2, 3, 5, 8), (65, 130), (0, 5), (3, 0, 4), (9,)]
 VARIANTS = list(itertools.product((0.0, 1.0), ("input", "float32"), (True, False)))
-
-
-@pytest.fixture
-def seed():
-    """A fresh seed; every assertion message names it."""
-    value = int.from_bytes(os.urandom(4), "little") % 2**31
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.fixture
@@ -331,18 +320,13 @@ print("compiled")
 """
 
 
-def in_a_new_process(code, *args, **environment):
-    return subprocess.run([sys.executable, "-c", code, *map(str, args)], capture_output=True, text=True,
-                          cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-
-
-def test_the_triton_version_in_its_interpreter(seed):
+def test_the_triton_version_in_its_interpreter(seed, in_a_new_process):
     done = in_a_new_process(INTERPRETED, seed, Path(__file__).parent)
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-3000:]}"
     assert int(done.stdout.split()[-1]) > 100  # it was the Triton version
 
 
-def test_the_triton_version_compiles_for_a_gpu(tmp_path):
+def test_the_triton_version_compiles_for_a_gpu(tmp_path, in_a_new_process):
     done = in_a_new_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
 

@@ -1,6 +1,5 @@
 """Attention over packed samples against a formula written out token by token, on every way the kernel can take."""
 
-import os
 
 import pytest
 import torch
@@ -11,14 +10,6 @@ from supertrainer.kernels.attention import block_mask, packed_attention, packed_
 TOLERANCE = {torch.float64: 1e-11, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 SIGHTS = [{}, {"causal": False}, {"window": 3}, {"causal": False, "window": 2}, {"window": 1}, {"scale": 0.7}]
 LENGTHS = [[7], [1, 5, 3], [4, 0, 9, 1], [6, 6], []]
-
-
-@pytest.fixture
-def seed():
-    """A fresh seed; every assertion message names it."""
-    value = int.from_bytes(os.urandom(4), "little") % 2**31
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.fixture

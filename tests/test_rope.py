@@ -1,8 +1,5 @@
 """RoPE against its formula written out pair by pair, in every layout, and its Triton version in the interpreter."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +10,6 @@ from supertrainer.kernels.rope import rotate, rotate_reference
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2, torch.float16: 3e-3}
 LAYOUTS = [{}, {"interleaved": True}, {"unsqueeze_dim": 2}, {"interleaved": True, "unsqueeze_dim": 2}]
-
-
-@pytest.fixture
-def seed():
-    """A fresh seed; every assertion message names it."""
-    value = int.from_bytes(os.urandom(4), "little") % 2**31
-    torch.manual_seed(value)
-    return value
 
 
 @pytest.fixture
@@ -231,20 +220,12 @@ print("compiled")
 """
 
 
-def in_a_new_process(code, *arguments, **environment):
-    here = Path(__file__).parent
-    return subprocess.run([sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, cwd=here.parent,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment}, timeout=600)
-
-
-def test_the_triton_version_in_its_interpreter(seed):
-    pytest.importorskip("triton")
+def test_the_triton_version_in_its_interpreter(seed, in_a_new_process):
     done = in_a_new_process(INTERPRETED, seed, Path(__file__).parent)
     assert done.returncode == 0, f"seed {seed}: {done.stderr[-3000:]}"
     assert int(done.stdout.split()[-1]) > 50  # it was the Triton version
 
 
-def test_the_triton_version_compiles_for_a_gpu(tmp_path):
-    pytest.importorskip("triton")
+def test_the_triton_version_compiles_for_a_gpu(tmp_path, in_a_new_process):
     done = in_a_new_process(COMPILED, TRITON_CACHE_DIR=str(tmp_path))
     assert done.returncode == 0 and "compiled" in done.stdout, done.stderr[-3000:]
