@@ -6,7 +6,8 @@ import types
 
 import pytest
 import torch
-from transformers import AutoConfig, BertConfig, DebertaV2Config, DebertaV2ForSequenceClassification
+from transformers import (AutoConfig, BertConfig, DebertaV2Config, DebertaV2ForSequenceClassification, Qwen3MoeConfig,
+                          Qwen3MoeForCausalLM)
 
 from supertrainer import runtime
 from supertrainer.models.base import FastModel, fresh_base, info
@@ -253,6 +254,19 @@ def test_an_architecture_without_sdpa_loads_with_what_it_has(tmp_path):
     assert info(model).decision("attention").value == "eager" == model.config._attn_implementation
     with pytest.raises(UserError):  # what was asked for is not replaced
         FastBERT.from_pretrained(place, attn_implementation="sdpa")
+
+
+def test_a_mixture_of_experts_is_one_grouped_matmul_and_says_so(folder, tmp_path):
+    torch.manual_seed(0)
+    _, tokenizer = FastLLM.from_pretrained(folder)
+    config = Qwen3MoeConfig(**SMALL, vocab_size=len(tokenizer), num_key_value_heads=2, head_dim=8, moe_intermediate_size=16,
+                            num_experts=4, num_experts_per_tok=2)
+    place, ids = save(tmp_path / "moe", Qwen3MoeForCausalLM(config), tokenizer), long_ids(12)
+    grouped, _ = FastLLM.from_pretrained(place, dtype="float32")
+    assert "experts" in grouped.report(show=False) and "grouped_mm" in grouped.report(show=False)
+    eager = Qwen3MoeForCausalLM.from_pretrained(place, experts_implementation="eager", dtype=torch.float32)
+    assert (logits_of(grouped, {"input_ids": ids}) - logits_of(eager, {"input_ids": ids})).abs().max() < 1e-5
+    assert "experts" not in FastLLM.from_pretrained(folder)[0].report(show=False)
 
 
 def test_flash_attention_is_chosen_where_it_can_run(monkeypatch):
