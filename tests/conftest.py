@@ -13,6 +13,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("MPLBACKEND", "agg")
 
 
+sys.path.insert(0, str(Path(__file__).parent))  # helpers beside the tests
+import hub_server  # noqa: E402
+
+
 @pytest.fixture(autouse=True)
 def _threads():
     import torch
@@ -40,6 +44,13 @@ def in_a_new_process():
                               cwd=Path(__file__).parent.parent, env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
 
     return run
+
+
+@pytest.fixture
+def hub(monkeypatch, tmp_path):
+    """A Hub on loopback that this process talks to as a user who may write (see `hub_server`)."""
+    with hub_server.running() as made, hub_server.used_by_this_process(made, monkeypatch, tmp_path / "hub_cache"):
+        yield made
 
 
 @pytest.fixture

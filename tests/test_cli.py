@@ -72,3 +72,24 @@ def test_from_run_takes_values_but_no_groups(tmp_path):
 def test_a_reader_that_leaves_early_is_no_error():
     done = subprocess.run(f"'{Path(sys.executable).parent}/supertrainer' train --help | head -1", shell=True, capture_output=True, text=True)
     assert done.returncode == 0 and "Traceback" not in done.stderr and "usage" in done.stdout
+
+
+def test_a_run_from_before_a_key_existed_repeats_with_its_default_and_is_not_pushed_again(tmp_path):
+    cfg = configuration("train", ["experiment=train_bert", "mode=toy", "export.push.repo_id=me/x"], None, None).to_dict()
+    del cfg["export"]["gguf"], cfg["model"]["freeze_layers"]
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(cfg))
+    again = configuration("train", [], None, str(tmp_path)).to_dict()
+    assert again["export"]["gguf"] == [] and again["model"]["freeze_layers"] is None
+    assert again["export"]["push"]["repo_id"] is None
+    wished = configuration("train", ["export.push.repo_id=me/y"], None, str(tmp_path))
+    assert wished.export.push.repo_id == "me/y"
+    assert {**again, "export": cfg["export"], "model": cfg["model"]} == cfg  # nothing else has changed
+
+
+def test_short_options_of_export_are_overrides(capsys):
+    assert main(["export", "model.path=x", "--gguf", "q8_0,q4_k_m", "--gguf", "f16", "--push", "me/x", "--cfg", "job"]) == 0
+    shown = yaml.safe_load(capsys.readouterr().out)
+    assert shown["gguf"] == ["q8_0", "q4_k_m", "f16"] and shown["push"]["repo_id"] == "me/x" and shown["push"]["private"]
+    assert main(["export", "model.path=x", "--public", "--cfg", "job"]) == 0
+    push = yaml.safe_load(capsys.readouterr().out)["push"]
+    assert push["public_ok"] and not push["private"]

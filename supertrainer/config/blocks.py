@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Positive', 'Fraction', 'Family', 'OWNED', 'OWNED_LORA', 'UNUSED', 'RANGES', 'Block', 'RunBlock', 'LimitBlock',
            'SourceBlock', 'DatasetBlock', 'training_block', 'lora_block', 'ModelBlock', 'ModelKwargs',
-           'TrainingModelKwargs', 'EarlyStopping', 'BenchmarkBlock', 'ExportBlock', 'SamplingBlock', 'train_block',
-           'FinishedModel', 'InputBlock', 'OutputBlock', 'InferSchema', 'BenchmarkSchema']
+           'TrainingModelKwargs', 'EarlyStopping', 'BenchmarkBlock', 'PushBlock', 'ExportBlock', 'SamplingBlock',
+           'train_block', 'FinishedModel', 'InputBlock', 'OutputBlock', 'InferSchema', 'BenchmarkSchema',
+           'ImportanceBlock', 'ExportSchema']
 
 # %% ../../nbs/config/02_blocks.ipynb #e27aaab7
 import functools
@@ -204,12 +205,27 @@ class BenchmarkBlock(Block):
     speed_rows: Annotated[int, Field(ge=0)]
 
 
+class PushBlock(Block):
+    """Where on a Hub a finished model goes, and how; no `repo_id` means nowhere."""
+
+    repo_id: str | None
+    private: bool
+    public_ok: bool
+    revision: str | None
+    create_pr: bool
+    commit_message: str | None
+    license: str | None
+    tags: list[str]
+
+
 class ExportBlock(Block):
-    """How the trained model is saved, and how closely the saved one must answer like it."""
+    """How the trained model is saved, how closely the saved one must answer like it, and where it goes then."""
 
     save: bool
     verify_rows: Positive
     max_logit_error: Annotated[float, Field(gt=0)] | None
+    gguf: list[str]
+    push: PushBlock
 
 
 class SamplingBlock(Block):
@@ -285,4 +301,24 @@ class BenchmarkSchema(Block):
     dataset: DatasetBlock
     benchmark: BenchmarkBlock
     output: OutputBlock
+    seed: int
+
+# %% ../../nbs/config/02_blocks.ipynb #3b27f0b3
+class ImportanceBlock(Block):
+    """Rows that tell which weights matter most when few bits are left."""
+
+    path: str | None
+    rows: Positive
+
+
+class ExportSchema(Block):
+    """The schema of `supertrainer export`."""
+
+    model: FinishedModel
+    folder: str | None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"]
+    gguf: list[str]
+    importance: ImportanceBlock
+    prove: bool
+    push: PushBlock
     seed: int
