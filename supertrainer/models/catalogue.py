@@ -29,6 +29,7 @@ class CatalogueEntry:
     licence: str
     parameters: str
     download: str
+    hub_id: str | None = None
 
     @property
     def install(self) -> str:
