@@ -71,7 +71,7 @@ def test_names(name, state):
 
 
 @pytest.mark.parametrize(("name", "state"), lines("method of a model"))
-def test_methods(llama, in_tmp, name, state):
+def test_methods(llama, in_tmp, hub, name, state):
     model, tokenizer = FastLanguageModel.from_pretrained(llama)
     model = FastLanguageModel.get_peft_model(model, r=2)
     if state == "refused":
@@ -93,11 +93,15 @@ def test_methods(llama, in_tmp, name, state):
                  "for_training": model.for_training, "load_lora": lambda: model.load_lora("lora"),
                  "fast_generate": lambda: model.fast_generate("Be brief."), "save_lora": lambda: model.save_lora("other"),
                  "save_pretrained": lambda: model.save_pretrained("saved"),
-                 "save_pretrained_merged": lambda: model.save_pretrained_merged("merged", tokenizer)}
+                 "save_pretrained_merged": lambda: model.save_pretrained_merged("merged", tokenizer),
+                 "save_pretrained_gguf": lambda: model.save_pretrained_gguf("gguf", tokenizer, quantization_method="q8_0"),
+                 "push_to_hub_merged": lambda: model.push_to_hub_merged("me/model", tokenizer, license="mit"),
+                 "push_to_hub_gguf": lambda: model.push_to_hub_gguf("me/files", tokenizer, license="mit")}
         assert state == "honoured"
         calls[name]()
-        assert {"save_lora": "other", "save_pretrained": "saved", "save_pretrained_merged": "merged"}.get(name, "lora") in {
-            path.name for path in in_tmp.iterdir()}
+        assert {"save_lora": "other", "save_pretrained": "saved", "save_pretrained_merged": "merged",
+                "save_pretrained_gguf": "gguf"}.get(name, "lora") in {path.name for path in in_tmp.iterdir()}
+        assert {"push_to_hub_merged": ["me/model"], "push_to_hub_gguf": ["me/files"]}.get(name, []) == list(hub.repos)
 
 
 def decided(name, value):

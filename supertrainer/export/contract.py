@@ -17,12 +17,14 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreT
 
 from .. import chat
 from ..check import Check
+from ..models.info import info
 from ..models.padding import spare_tokens
+from ..models.processor import load_processor
 from ..runtime import UserError
 
 # %% auto #0
 __all__ = ['SIDES', 'LEFTOVERS', 'SAMPLING', 'end_of_turn_id', 'stop_ids', 'spare_pad', 'ready_tokenizer', 'ready_config',
-           'ready_generation', 'Ready', 'make_inference_ready', 'check_contract']
+           'ready_generation', 'Ready', 'find_processor', 'make_inference_ready', 'check_contract']
 
 # %% ../../nbs/export/00_contract.ipynb #41eedb44
 def _plain_tokenizer(tokenizer: Any) -> Any:
@@ -208,6 +210,27 @@ def _finish_tokenizer_files(directory: Path, tokenizer: Any) -> None:
     path.write_text(json.dumps(settings, indent=2, ensure_ascii=False, sort_keys=True) + "\n", "utf-8")
 
 # %% ../../nbs/export/00_contract.ipynb #aee455e0
+def find_processor(model: torch.nn.Module, tokenizer: Any) -> ProcessorMixin | None:
+    """The processor of a loaded vision-language model around the caller's tokenizer, None if it is not found again.
+
+    Args:
+        model: loaded by supertrainer, wrapped by PEFT or not.
+        tokenizer: the tokenizer to be saved; it is not changed.
+    """
+    try:
+        known = info(model)
+        found = load_processor(known.path or known.name, family="mllm", revision=getattr(known.reload.get("request"), "revision", None))
+    except (UserError, OSError, ValueError):
+        return None  # the caller refuses, and says what to pass
+    if not isinstance(found, ProcessorMixin):
+        return None
+    template = getattr(tokenizer, "chat_template", None)
+    found.tokenizer = tokenizer
+    if template:
+        found.chat_template = template
+    return found
+
+
 def make_inference_ready(
     model: PreTrainedModel,
     tokenizer: Any,
@@ -232,6 +255,8 @@ def make_inference_ready(
     """
     if family not in SIDES:
         raise UserError(f"Unknown family {family!r}; it is one of {', '.join(SIDES)}.")
+    if family == "mllm" and not isinstance(tokenizer, ProcessorMixin):
+        tokenizer = find_processor(model, tokenizer) or tokenizer
     if family == "mllm" and not isinstance(tokenizer, ProcessorMixin):
         raise UserError(
             "A vision-language model needs its processor (image settings and tokenizer) to be saved with it, and got "

@@ -13,8 +13,6 @@ import socket
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
-
 from ..runtime import UserError, human_mb
 
 # %% auto #0
@@ -99,9 +97,9 @@ def appear_whole(directory: str | Path) -> Iterator[Path]:
         raise
 
 # %% ../../nbs/export/03_folder.ipynb #49ab2ee1
-def require_space(directory: str | Path, parameters: int, dtype: torch.dtype) -> int:
-    """Raise a `UserError` unless a model of `parameters` weights fits beside `directory`; return the bytes needed."""
-    needed = parameters * dtype.itemsize + 64_000_000
+def require_space(directory: str | Path, nbytes: int) -> int:
+    """Raise a `UserError` unless `nbytes` of weights fit beside `directory`; return the bytes needed in all."""
+    needed = nbytes + 64_000_000
     where = Path(directory).resolve()
     while not where.exists():
         where = where.parent

@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import contextlib
-import copy
-import tempfile
+import hashlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,39 +17,34 @@ import peft
 import torch
 from transformers import PreTrainedModel
 
-from ..check import Check, CheckFailed, CheckLog
+from ..check import Check, CheckFailed, CheckLog, within
 from . import verify
+from .bases import Base, base_name, base_tensors, make_shell, open_base
 from .contract import check_contract, make_inference_ready
+from supertrainer.export.deltas import (
+    Merged,
+    active_adapter,
+    attach_saved,
+    check_adapters,
+    layer_checks,
+    mixed,
+    save_adapter,
+)
 from .folder import appear_whole, require_space
-from .reload import digests, logits_of
+from .reload import logits_of
+from .rounding import Compared, RoundedBase
+from .weights import split_into_shards
+from .writing import four_bit_config, quantise_folder, write_folder
 from ..models import base as models_base
-from ..models.info import count_parameters
 from ..patching import plain_model
-from ..runtime import UserError, did_you_mean, get_logger, quiet
+from ..runtime import UserError, did_you_mean, get_logger
 
 # %% auto #0
-__all__ = ['QUANTISED', 'SAVE_METHODS', 'active_adapter', 'is_quantised', 'weight_dtype', 'save_adapter', 'attach_fresh',
-           'no_repacking', 'trained_logits', 'merge_adapter', 'save_model', 'write_folder', 'save_pretrained_merged',
+__all__ = ['STATED', 'FOUR_BIT', 'MERGE_BASES', 'SAVE_METHODS', 'is_quantised', 'weight_dtype', 'no_repacking', 'trained_logits',
+           'Job', 'check_merge_base', 'save_model', 'save_pretrained_merged', 'adapter_checks', 'base_checks',
            'save_lora']
 
 # %% ../../nbs/export/04_merge.ipynb #1ca6b0ca
-def active_adapter(model: torch.nn.Module) -> str | None:
-    """Name of the one active adapter; None for a model without PEFT.
-
-    Raises:
-        UserError: several adapters are active at once, so it is not clear what to save.
-    """
-    if not isinstance(model, peft.PeftModel):
-        return None
-    active = list(model.active_adapters)
-    if len(active) != 1:
-        raise UserError(
-            f"{len(active)} adapters are active ({', '.join(active)}), and a save takes one. "
-            "Choose it with model.set_adapter(name), or combine them with model.add_weighted_adapter(...)."
-        )
-    return active[0]
-
-
 def is_quantised(model: torch.nn.Module) -> bool:
     """Whether the base's weights are held in 4 or 8 bits."""
     return bool(getattr(plain_model(model), "is_quantized", False))
@@ -63,53 +59,7 @@ def weight_dtype(model: torch.nn.Module) -> torch.dtype:
     return max(sizes, key=sizes.__getitem__)
 
 # %% ../../nbs/export/04_merge.ipynb #52db7e0a
-def save_adapter(model: peft.PeftModel, directory: str | Path) -> None:
-    """Write the active adapter (LoRA weights, `modules_to_save`, config) flat into `directory`, as safetensors."""
-    name, directory = active_adapter(model), Path(directory)
-    state = dict(model.named_parameters(remove_duplicate=False))  # not state_dict(): see no_repacking
-    state |= dict(model.named_buffers(remove_duplicate=False))
-    state = {key: tensor.detach() for key, tensor in state.items()}
-    with quiet():
-        model.save_pretrained(directory, selected_adapters=[name], save_embedding_layers=False, state_dict=state)
-    (directory / "README.md").unlink(missing_ok=True)
-    if name != "default":
-        for path in (directory / name).iterdir():
-            path.replace(directory / path.name)
-        (directory / name).rmdir()
-
-
-def attach_fresh(model: peft.PeftModel, base: PreTrainedModel, adapter: str | Path) -> peft.PeftModel:
-    """Put the adapter saved in `adapter` on `base` in float32.
-
-    Args:
-        model: the trained model; only the size of its vocabulary is read.
-        base: plain transformers model with the untouched base weights; it is changed.
-        adapter: folder written by `save_adapter`.
-
-    Returns:
-        Base and adapter, in evaluation mode.
-
-    Raises:
-        UserError: `base` is quantised.
-    """
-    if is_quantised(base):
-        raise UserError("The base to merge into is itself quantised. Give one in 16 or 32 bits (models.base.fresh_base).")
-    size = plain_model(model).get_input_embeddings().weight.shape[0]
-    if base.get_input_embeddings().weight.shape[0] != size:
-        base.resize_token_embeddings(size, mean_resizing=False)
-    with quiet():
-        return peft.PeftModel.from_pretrained(base.float(), adapter).eval()
-
-# %% ../../nbs/export/04_merge.ipynb #404478a8
-def _untie_if_apart(merged: PreTrainedModel) -> PreTrainedModel:
-    """Record that input and output embedding are two weights, when training one of them has set them apart."""
-    first, last = merged.get_input_embeddings(), merged.get_output_embeddings()
-    if merged.config.get_text_config().tie_word_embeddings and last is not None and not torch.equal(first.weight, last.weight):
-        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
-    return merged
-
-# %% ../../nbs/export/04_merge.ipynb #4f1a4f00
-QUANTISED = verify.Limits(None, 0.5, 4.0)
+STATED, FOUR_BIT = verify.Limits(None, None, None), verify.Limits(None, 2.0, None)
 
 
 @contextlib.contextmanager
@@ -131,74 +81,96 @@ def trained_logits(model: torch.nn.Module, rows: Sequence[Mapping[str, torch.Ten
     with torch.no_grad(), no_repacking(model):
         return logits_of(model, rows)
 
+# %% ../../nbs/export/04_merge.ipynb #404478a8
+MERGE_BASES = ("original", "dequantized")
 
-def merge_adapter(
-    model: peft.PeftModel,
-    base: PreTrainedModel,
-    rows: Sequence[Mapping[str, torch.Tensor]],
-    trained: Sequence[torch.Tensor],
-    max_logit_error: float = 1e-3,
-) -> tuple[PreTrainedModel, list[torch.Tensor], list[Check]]:
-    """Merge a trained adapter into a fresh base in float32.
 
-    Args:
-        model: the trained PEFT model; it is not changed.
-        base: plain transformers model with the untouched base weights; it is changed.
-        rows: model inputs for the comparisons.
-        trained: the trained model's logits on them (`trained_logits`).
-        max_logit_error: largest allowed difference of a logit in float32.
+@dataclass
+class Job:
+    """What one save needs to know: the model, what is merged how, and what the result is held against."""
 
-    Returns:
-        The merged float32 model, the logits of base + adapter in float32, and the checks (passed or not).
+    model: torch.nn.Module
+    family: str
+    adapters: dict[str, float]
+    merge_base: str
+    base: Base | None
+    dtype: torch.dtype
+    rows: list[dict[str, torch.Tensor]]
+    trained: list[torch.Tensor]
+    max_logit_error: float
+
+    def merged(self, merge_base: str, shell: PreTrainedModel | None = None) -> tuple[Merged, Compared | None]:
+        """The weights, merged into one of the two bases; and that base, which compares as it is read."""
+        if self.base is None:
+            return Merged(self.model, shell=shell), None
+        source = RoundedBase(self.base, self.model) if merge_base == "dequantized" else self.base
+        compared = Compared(source, self.model)
+        return Merged(self.model, compared, self.adapters, shell), compared
+
+    def limits(self, merge_base: str) -> verify.Limits:
+        """What the logits of the model merged into that base are held against."""
+        if is_quantised(self.model) and merge_base == "original":
+            return STATED  # training saw rounded weights: the answers differ by the quantisation itself
+        settings = getattr(plain_model(self.model).config, "quantization_config", None)
+        computed = getattr(settings, "bnb_4bit_compute_dtype", None) if is_quantised(self.model) else None
+        types = [weight_dtype(self.model), self.dtype, *([computed] if isinstance(computed, torch.dtype) else [])]
+        return verify.limits_for(*types, max_logit_error=self.max_logit_error)
+
+
+def check_merge_base(model: torch.nn.Module, merge_base: str) -> str:
+    """Refuse a base that there is none of, and a model that holds no full-precision weights at all.
+
+    Raises:
+        UserError: says which.
     """
-    with tempfile.TemporaryDirectory(prefix="supertrainer-adapter-") as folder:
-        save_adapter(model, folder)
-        attached = attach_fresh(model, base, folder)
-    with torch.no_grad():
-        reference = logits_of(attached, rows)
-        merged = _untie_if_apart(attached.merge_and_unload())
-        after = logits_of(merged, rows)
-    limits = verify.limits_for(weight_dtype(model), max_logit_error=max_logit_error)
-    name = "adapter on a fresh base answers as the trained model"
-    if is_quantised(model):
-        limits, name = QUANTISED, f"{name} on its quantised base"
-    exact = verify.limits_for(torch.float32, max_logit_error=max_logit_error)
-    return merged, reference, [
-        *verify.difference_checks(name, trained, reference, limits),
-        *verify.difference_checks("merging changes no answer (float32)", reference, after, exact),
-    ]
+    if merge_base not in MERGE_BASES:
+        raise UserError(f"merge_base={merge_base!r} is unknown; it is one of {', '.join(MERGE_BASES)}."
+                        + did_you_mean(merge_base, MERGE_BASES))  # fmt: skip
+    if is_quantised(model) and not isinstance(model, peft.PeftModel):
+        raise UserError(
+            "This model is quantised and has no adapter, so it holds no full-precision weights to save. "
+            "Train an adapter with get_peft_model, or load the model without load_in_4bit/load_in_8bit."
+        )
+    if merge_base == "dequantized" and not is_quantised(model):
+        raise UserError("merge_base='dequantized' merges into what 4 or 8 bits left of the base, and this base is not "
+                        "quantised. Use merge_base='original'.")
+    return merge_base
 
-# %% ../../nbs/export/04_merge.ipynb #f3503da5
-def _to_save(
-    model: torch.nn.Module,
-    base: PreTrainedModel | Callable[[], PreTrainedModel] | None,
-    rows: Sequence[Mapping[str, torch.Tensor]],
-    trained: list[torch.Tensor],
-    max_logit_error: float,
-) -> tuple[PreTrainedModel, list[torch.Tensor], list[Check]]:
-    """The plain model whose weights go into the folder, what its answers are held against, and the checks so far."""
-    if not isinstance(model, peft.PeftModel):
-        if is_quantised(model):
-            raise UserError(
-                "This model is quantised and has no adapter, so it holds no full-precision weights to save. "
-                "Train an adapter with get_peft_model, or load the model without load_in_4bit/load_in_8bit."
-            )
-        return plain_model(model), trained, []
-    if base is None:
-        base = models_base.fresh_base(model)
-    elif not isinstance(base, torch.nn.Module):
-        base = base()
-    merged, attached, checks = merge_adapter(model, base, rows, trained, max_logit_error)
-    return merged, attached if is_quantised(model) else trained, checks
-
-
+# %% ../../nbs/export/04_merge.ipynb #1688a6c7
 def _require_all(checks: Sequence[Check], log: CheckLog) -> None:
     """Keep the checks, then raise one `CheckFailed` with all that did not hold."""
     log.add(*checks)
     if failed := [check for check in checks if not check.passed]:
         raise CheckFailed(*(f"Not saved. {str(check)}" for check in failed))
 
-# %% ../../nbs/export/04_merge.ipynb #1688a6c7
+
+def _prove(job: Job, ready: Any, directory: Path, expected: Mapping[str, str], limits: verify.Limits, name: str,
+           four_bit: bool = False) -> list[Check]:  # fmt: skip
+    """The checks of a folder: reloaded in a fresh process, and its settings."""
+    device = next(job.model.parameters()).device.type
+    checks = verify.verify_folder(directory, job.family, job.rows, job.trained, expected, limits, name=name,
+                                  dtype=None if four_bit else job.dtype, reader=ready.tokenizer, device=device)  # fmt: skip
+    settings = check_contract(directory, job.family)
+    if four_bit:  # there the quantisation is meant, and not left over
+        settings = [check for check in settings if check.passed or check.measured != "config.quantization_config"]
+    return checks + settings
+
+
+def _other_base(job: Job, ready: Any, hidden: Path, max_shard_size: int | str) -> list[Check]:
+    """How far the model merged into the base that was not chosen is from the trained one; nothing of it stays."""
+    other = next(name for name in MERGE_BASES if name != job.merge_base)
+    desk = hidden / "other"
+    desk.mkdir()
+    write_folder(job.merged(other)[0], ready, desk, job.dtype, max_shard_size)
+    answer = verify.ask_stranger(desk, job.family, job.rows, dtype=job.dtype, reads=False)
+    shutil.rmtree(desk)
+    return verify.difference_checks(f"merged into the {_WORDS[other]} instead, it answers as the trained model", job.trained,
+                                    answer.logits, job.limits(other))  # fmt: skip
+
+
+_WORDS = {"original": "original base", "dequantized": "base as quantisation left it"}
+
+# %% ../../nbs/export/04_merge.ipynb #0d461f7b
 def save_model(
     model: torch.nn.Module,
     tokenizer: Any,
@@ -209,9 +181,12 @@ def save_model(
     rows: Sequence[Mapping[str, Any]] | None = None,
     max_logit_error: float = 1e-3,
     dtype: torch.dtype | str | None = None,
-    base: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
+    base: PreTrainedModel | str | Path | Callable[[], Any] | None = None,
     checks_path: str | Path | None = None,
     max_shard_size: int | str = "5GB",
+    merge_base: str = "original",
+    adapters: Mapping[str, float] | None = None,
+    four_bit: bool = False,
 ) -> list[Check]:
     """Save a trained model as a folder that transformers alone loads and runs, and prove that it answers the same.
 
@@ -224,54 +199,63 @@ def save_model(
         rows: verification inputs (see `verify.as_rows`); None takes a few sentences of our own.
         max_logit_error: largest allowed difference of a logit where all is float32.
         dtype: type to save in; None means the base's own (for a quantised base that of its other weights).
-        base: the untouched base or a function that loads it, for an adapter; None asks `models.base.fresh_base`.
+        base: the untouched base, a folder, or a function that gives one; None looks where the model came from.
         checks_path: JSON-lines file the checks are added to, also when one fails.
         max_shard_size: largest weight file.
+        merge_base: `original`, or `dequantized` for what 4 or 8 bits left of the base.
+        adapters: weights by adapter name, to merge a sum of several; None merges the active one.
+        four_bit: quantise the merged weights again with bitsandbytes.
 
     Returns:
-        All checks, each passed.
+        All checks, each passed; they are also in the folder (`verify.CHECKS_FILE`).
 
     Raises:
         CheckFailed: the saved model is not the trained one; nothing is left behind.
         UserError: no room, a folder that is not ours, or nothing that can be saved.
     """
     dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or weight_dtype(model)
-    require_space(directory, count_parameters(plain_model(model))[0], dtype)
+    check_merge_base(model, merge_base)
+    split_into_shards({}, max_shard_size)  # a wrong size is said before anything is computed
+    weights, shell, quantised = check_adapters(model, adapters), make_shell(model), is_quantised(model)
+    copies = 1 + quantised + four_bit
+    require_space(directory, copies * dtype.itemsize * sum(tensor.numel() for tensor in shell.parameters()))
     rows = verify.default_rows(model, tokenizer, family) if rows is None else verify.as_rows(model, rows)
-    log, coarsest = CheckLog(checks_path), (weight_dtype(model), dtype)
+    log = CheckLog(checks_path)
     with appear_whole(directory) as hidden:
-        trained = trained_logits(model, rows)
-        plain, reference, checks = _to_save(model, base, rows, trained, max_logit_error)
-        _require_all(checks, log)
-        ready = make_inference_ready(plain, tokenizer, family, labels, dtype)
-        write_folder(plain, ready, hidden, dtype, max_shard_size)
-        limits = verify.limits_for(*coarsest, max_logit_error=max_logit_error)
-        device = next(model.parameters()).device.type
-        saved = verify.verify_folder(hidden, family, rows, reference, digests(plain, dtype), limits,
-                                     dtype=dtype, reader=ready.tokenizer, device=device)  # fmt: skip
-        saved += check_contract(hidden, family)
-        _require_all(saved, log)
+        with mixed(model, weights):
+            trained = trained_logits(model, rows)
+        source = open_base(model, shell, base) if weights else None
+        job = Job(model, family, weights, merge_base, source, dtype, rows, trained, max_logit_error)
+        _save_into(job, tokenizer, labels, shell, hidden, max_shard_size, four_bit, log)
+        verify.keep_checks(hidden, list(log))
     get_logger().info("saved and verified: %s (%d checks)", directory, len(log))
     return list(log)
 
-# %% ../../nbs/export/04_merge.ipynb #0d461f7b
-def write_folder(
-    model: PreTrainedModel, ready: Any, directory: str | Path, dtype: torch.dtype, max_shard_size: int | str = "5GB"
-) -> None:
-    """Write a plain model's weights in `dtype` and everything in `ready` (`contract.Ready`) into `directory`."""
-    state = {name: tensor.to(dtype) if tensor.is_floating_point() else tensor for name, tensor in model.state_dict().items()}
-    own = model.config
-    model.config = copy.deepcopy(ready.config)  # save_pretrained writes into it, and refuses a quantisation note
-    try:
-        with quiet():
-            model.save_pretrained(directory, state_dict=state, max_shard_size=max_shard_size)
-    finally:
-        model.config = own
-    (Path(directory) / "generation_config.json").unlink(missing_ok=True)
-    ready.save(directory)
+# %% ../../nbs/export/04_merge.ipynb #45551653
+def _save_into(job: Job, tokenizer: Any, labels: Sequence[str] | None, shell: PreTrainedModel, hidden: Path,
+               max_shard_size: int | str, four_bit: bool, log: CheckLog) -> None:  # fmt: skip
+    """Merge, write and prove; `CheckFailed` at the first step whose checks do not hold."""
+    merged, compared = job.merged(job.merge_base, shell)
+    ready = make_inference_ready(shell, tokenizer, job.family, labels, job.dtype)
+    place = hidden / "merged" if four_bit else hidden
+    place.mkdir(exist_ok=True)
+    expected = write_folder(merged, ready, place, job.dtype, "5GB" if four_bit else max_shard_size)
+    _require_all(layer_checks(merged.layers) + (compared.checks() if compared else []), log)
+    del merged
+    name = "merged model answers as the trained one" if four_bit else "saved model answers as the trained one"
+    _require_all(_prove(job, ready, place, expected, job.limits(job.merge_base), name), log)
+    if is_quantised(job.model) and not getattr(job.base, "quantised", False):
+        _require_all(_other_base(job, ready, hidden, max_shard_size), log)
+    if four_bit:
+        packed = quantise_folder(place, hidden, job.family, four_bit_config(job.model, job.family), ready, max_shard_size)
+        shutil.rmtree(place)
+        name = "saved model answers as the trained one, in 4 bits"
+        _require_all(_prove(job, ready, hidden, packed, FOUR_BIT, name, four_bit=True), log)
 
 # %% ../../nbs/export/04_merge.ipynb #74378db9
-SAVE_METHODS = ("merged_16bit", "lora")
+SAVE_METHODS = ("merged_16bit", "merged_4bit", "lora")
+_ALIASES = {"merged_4bit_forced": "merged_4bit"}
+_ARGUMENTS = ("save_method", "max_shard_size", "merge_base", "adapters")
 _NEUTRAL = {"push_to_hub": (False, None), "safe_serialization": (True, None), "is_main_process": (True,), "token": (None,)}
 
 
@@ -281,6 +265,8 @@ def save_pretrained_merged(
     tokenizer: Any = None,
     save_method: str = "merged_16bit",
     max_shard_size: int | str = "5GB",
+    merge_base: str = "original",
+    adapters: Mapping[str, float] | None = None,
     **kwargs: Any,
 ) -> list[Check]:
     """Save a merged model (or the adapter alone) under Unsloth's name for it.
@@ -289,8 +275,11 @@ def save_pretrained_merged(
         model: loaded by supertrainer, trained in full or with an adapter.
         save_directory: the folder that appears.
         tokenizer: tokenizer or processor.
-        save_method: `merged_16bit` (bfloat16, or float16 when the base is float16) or `lora`.
+        save_method: `merged_16bit` (bfloat16, or float16 when the base is float16), `merged_4bit` (bitsandbytes, quantised
+            from the merged weights) or `lora`.
         max_shard_size: largest weight file.
+        merge_base: see `save_model`.
+        adapters: see `save_model`.
         kwargs: Unsloth's further arguments, accepted when they ask for what is done anyway.
 
     Returns:
@@ -301,48 +290,70 @@ def save_pretrained_merged(
     """
     for name, value in kwargs.items():
         if value not in _NEUTRAL.get(name, ()):
-            raise UserError(f"save_pretrained_merged cannot honour {name}={value!r}.{did_you_mean(name, _NEUTRAL)}")
+            shown = "..." if name == "token" else repr(value)  # tokens are written nowhere
+            raise UserError(f"save_pretrained_merged cannot honour {name}={shown}."
+                            + ("" if name in _NEUTRAL else did_you_mean(name, (*_NEUTRAL, *_ARGUMENTS))))  # fmt: skip
+    save_method = _ALIASES.get(save_method, save_method)
     if save_method not in SAVE_METHODS:
-        raise UserError(f"save_method={save_method!r} is not supported; today: {', '.join(SAVE_METHODS)}."
+        raise UserError(f"save_method={save_method!r} is not supported; there are {', '.join(SAVE_METHODS)}."
                         + did_you_mean(save_method, SAVE_METHODS))  # fmt: skip
     found = models_base.info(model)
     labels = [label for _, label in sorted(plain_model(model).config.id2label.items())] if found.family == "bert" else None
     if save_method == "lora":
+        if merge_base != "original" or adapters is not None:
+            raise UserError("save_method='lora' merges nothing, so merge_base and adapters mean nothing to it. Leave them out.")
         return save_lora(model, tokenizer, save_directory, family=found.family)
     dtype = torch.float16 if weight_dtype(model) == torch.float16 else torch.bfloat16
-    return save_model(model, tokenizer, save_directory, family=found.family, labels=labels, dtype=dtype,
-                      max_shard_size=max_shard_size)  # fmt: skip
+    return save_model(model, tokenizer, save_directory, family=found.family, labels=labels, dtype=dtype, merge_base=merge_base,
+                      max_shard_size=max_shard_size, adapters=adapters, four_bit=save_method == "merged_4bit")  # fmt: skip
 
-# %% ../../nbs/export/04_merge.ipynb #b77415b6
-def save_lora(
-    model: peft.PeftModel,
-    tokenizer: Any,
-    directory: str | Path,
-    *,
-    family: str,
-    rows: Sequence[Mapping[str, Any]] | None = None,
-    base: PreTrainedModel | Callable[[], PreTrainedModel] | None = None,
-    max_logit_error: float = 1e-3,
-) -> list[Check]:
-    """Save the active adapter and the tokenizer, after checking that on a fresh base it answers as the trained model.
+# %% ../../nbs/export/04_merge.ipynb #5218cacd
+def adapter_checks(model: peft.PeftModel, folder: str | Path, name: str) -> list[Check]:
+    """Read a saved adapter back onto an empty base and compare every number with the trained one."""
+    attached, biases = attach_saved(make_shell(model), {name: folder})
+    found = {**dict(attached.named_parameters(remove_duplicate=False)), **dict(attached.named_buffers(remove_duplicate=False))}
+    held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
+    own = {key: value for key, value in held.items() if base_name(key) is None and f".{name}" in key and "_original" not in key}
+    pairs = [(key, value, found.get(key)) for key, value in own.items()]
+    pairs += [(key, base_tensors(model)[key], value) for key, value in biases.items()]
+    wrong = [key for key, ours, theirs in pairs if theirs is None or not torch.equal(ours.detach().cpu().float(), theirs.float())]
+    detail = f"tensors that differ, of {len(pairs)}" + (f"; first: {', '.join(wrong[:3])}" if wrong else "")
+    return [within("saved adapter is the trained one bit for bit", len(wrong), 0, detail)]
+
+
+def base_checks(model: peft.PeftModel, base: Any = None, most: int = 16) -> list[Check]:
+    """Read up to `most` weights, spread over the model, from where its base is found again and compare them."""
+    shell = make_shell(model)
+    compared = Compared(open_base(model, shell, base), model)
+    names = sorted(shell.state_dict(), key=lambda name: hashlib.sha256(name.encode()).digest())
+    for name in names[:most]:
+        compared.load(name)
+    return compared.checks()
+
+# %% ../../nbs/export/04_merge.ipynb #8506d5b5
+def save_lora(model: peft.PeftModel, tokenizer: Any, directory: str | Path, *, family: str,
+              base: PreTrainedModel | str | Path | Callable[[], Any] | None = None) -> list[Check]:  # fmt: skip
+    """Save the active adapter and the tokenizer, and prove that nothing of it was lost and its base is found again.
+
+    Args:
+        model: the trained model; it is not changed.
+        tokenizer: tokenizer or processor; None saves the adapter alone.
+        directory: appears when all checks have passed.
+        family: `bert`, `llm` or `mllm`.
+        base: see `save_model`.
 
     Raises:
         UserError: the model has no adapter.
-        CheckFailed: base and saved adapter do not answer as the trained model; nothing is left behind.
+        CheckFailed: the saved adapter is not the trained one, or the base is another; nothing is left behind.
     """
     if not isinstance(model, peft.PeftModel):
         raise UserError("save_method='lora' saves an adapter, and this model has none. Use save_method='merged_16bit'.")
-    rows = verify.default_rows(model, tokenizer, family) if rows is None else verify.as_rows(model, rows)
-    fresh = models_base.fresh_base(model) if base is None else base if isinstance(base, torch.nn.Module) else base()
-    quantised = is_quantised(model)
-    limits = QUANTISED if quantised else verify.limits_for(weight_dtype(model), max_logit_error=max_logit_error)
+    name = active_adapter(model)
     with appear_whole(directory) as hidden:
-        save_adapter(model, hidden)
+        save_adapter(model, hidden, name)
         if tokenizer is not None:
             make_inference_ready(plain_model(model), tokenizer, family).save_reader(hidden)
-        with torch.no_grad():
-            attached = logits_of(attach_fresh(model, fresh, hidden), rows)
-        name = "saved adapter on a fresh base answers as the trained model"
-        checks = verify.difference_checks(name, trained_logits(model, rows), attached, limits)
+        checks = adapter_checks(model, hidden, name) + base_checks(model, base)
         _require_all(checks, CheckLog())
+        verify.keep_checks(hidden, checks)
     return checks

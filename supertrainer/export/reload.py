@@ -68,12 +68,16 @@ AUTO_CLASSES = {
 }
 
 
-def load_plain(folder: str | Path, family: str) -> torch.nn.Module:
-    """The model in `folder`, loaded by transformers alone from local files in the type it was saved in."""
+def load_plain(folder: str | Path, family: str, **options: object) -> torch.nn.Module:
+    """The model in `folder`, loaded by transformers alone from local files in the type it was saved in.
+
+    Args:
+        options: further arguments of `from_pretrained`.
+    """
     settings = json.loads(Path(folder, "config.json").read_text("utf-8"))
     tags = any(name.endswith("ForTokenClassification") for name in settings.get("architectures") or ())
     auto = getattr(transformers, "AutoModelForTokenClassification" if tags else AUTO_CLASSES[family])
-    return auto.from_pretrained(folder, dtype="auto", local_files_only=True).eval()
+    return auto.from_pretrained(folder, **{"dtype": "auto", "local_files_only": True, **options}).eval()
 
 
 def read_text(folder: str | Path, texts: Sequence[str], conversations: Sequence[list], family: str) -> dict:
@@ -117,12 +121,15 @@ def main(desk: str | Path) -> None:
     desk = Path(desk)
     request = json.loads((desk / "request.json").read_text("utf-8"))
     torch.set_num_threads(request["threads"])
-    model = load_plain(request["folder"], request["family"]).to(request["device"])
+    model = load_plain(request["folder"], request["family"])
+    if getattr(model, "quantization_method", None) is None:
+        model = model.to(request["device"])
+    found = digests(model, request["dtype"] and getattr(torch, request["dtype"]))  # first: a forward pass reorders 4-bit weights on a CPU
     with torch.no_grad():
         logits = logits_of(model, unpack_rows(load_file(desk / "inputs.safetensors")), request["keep"])
     save_file({str(index): value.contiguous() for index, value in enumerate(logits)}, desk / "logits.safetensors")
     answer = {
-        "digests": digests(model, getattr(torch, request["dtype"])),
+        "digests": found,
         "reading": {},
         "strangers": sorted(name for name in sys.modules if name.partition(".")[0] == "supertrainer"),
         "transformers": transformers.__version__,

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +28,9 @@ from ..patching import plain_model
 from ..runtime import UserError
 
 # %% auto #0
-__all__ = ['SENTENCES', 'Difference', 'compare_logits', 'Limits', 'limits_for', 'difference_checks', 'as_rows',
-           'sample_conversation', 'default_rows', 'Answer', 'ask_stranger', 'verify_folder']
+__all__ = ['SENTENCES', 'CHECKS_FILE', 'Difference', 'compare_logits', 'Limits', 'limits_for', 'difference_checks', 'as_rows',
+           'sample_conversation', 'default_rows', 'Answer', 'ask_stranger', 'verify_folder', 'keep_checks',
+           'kept_checks']
 
 # %% ../../nbs/export/02_verify.ipynb #999e3483
 @dataclass(frozen=True)
@@ -69,26 +71,37 @@ def compare_logits(
     if [tuple(a.shape) for a in reference] != [tuple(b.shape) for b in other]:
         shapes = [[tuple(x.shape) for x in side] for side in (reference, other)]
         raise CheckFailed(f"Logits have other shapes than the reference's: {shapes[1]} instead of {shapes[0]}.")
-    a, b = (torch.cat([x.reshape(-1, x.shape[-1]) for x in side]).double() for side in (reference, other))
-    if not (torch.isfinite(a).all() and torch.isfinite(b).all()):
-        return Difference(np.inf, np.inf, np.inf, np.inf, len(a), len(a), len(a))
-    gap, log_p, log_q = (a - b).abs(), a.log_softmax(-1), b.log_softmax(-1)
-    kl = (log_p.exp() * (log_p - log_q)).sum(-1).clamp(min=0)
-    flipped = a.argmax(-1) != b.argmax(-1)
-    best = a.topk(min(2, a.shape[-1])).values
-    margin = best[:, 0] - best[:, -1]
-    sure_flips = int((flipped & (margin > sure)).sum())
-    figures = (float(x) for x in (gap.max(), gap.mean(), kl.mean(), kl.max()))
-    return Difference(*figures, int(flipped.sum()), sure_flips, len(a))
+    parts = [part for pair in zip(reference, other, strict=True) for part in _compare(*pair, sure)]
+    gaps, means, kls, flips, sure_flips = (torch.cat(column) for column in zip(*parts, strict=True))
+    if not torch.isfinite(gaps).all():
+        return Difference(np.inf, np.inf, np.inf, np.inf, len(gaps), len(gaps), len(gaps))
+    figures = (float(x) for x in (gaps.max(), means.mean(), kls.mean(), kls.max()))
+    return Difference(*figures, int(flips.sum()), int(sure_flips.sum()), len(gaps))
+
+
+def _compare(reference: torch.Tensor, other: torch.Tensor, sure: float, rows: int = 16) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Figures of single positions, a few positions at a time: in float64 a large vocabulary would take gigabytes."""
+    width = reference.shape[-1]
+    for a, b in zip(reference.reshape(-1, width).split(rows), other.reshape(-1, width).split(rows), strict=True):
+        a, b = a.double(), b.double()
+        gap, log_p = (a - b).abs(), a.log_softmax(-1)
+        kl = (log_p.exp() * (log_p - b.log_softmax(-1))).sum(-1).clamp(min=0)
+        flipped, best = a.argmax(-1) != b.argmax(-1), a.topk(min(2, width)).values
+        margin = best[:, 0] - best[:, -1]
+        finite = torch.isfinite(a).all(-1) & torch.isfinite(b).all(-1)
+        yield torch.where(finite, gap.amax(-1), np.inf), gap.mean(-1), kl, flipped, flipped & (margin > sure)
 
 # %% ../../nbs/export/02_verify.ipynb #c07959e7
 @dataclass(frozen=True)
 class Limits:
-    """What a comparison is held against: `max_abs` where arithmetic is exact enough, otherwise `kl` and sure flips."""
+    """What a comparison is held against: `max_abs` where arithmetic is exact enough, otherwise `kl` and sure flips.
+
+    None for a figure that is only stated.
+    """
 
     max_abs: float | None
     kl: float | None
-    sure: float
+    sure: float | None
 
 
 def limits_for(*dtypes: torch.dtype, max_logit_error: float = 1e-3) -> Limits:
@@ -109,15 +122,31 @@ def limits_for(*dtypes: torch.dtype, max_logit_error: float = 1e-3) -> Limits:
 
 # %% ../../nbs/export/02_verify.ipynb #1c5d79c8
 def difference_checks(name: str, reference: Sequence[torch.Tensor], other: Sequence[torch.Tensor], limits: Limits) -> list[Check]:
-    """Hold `other` against `reference`; one check in float32, in 16 bits a second one for choices that were sure."""
-    found = compare_logits(reference, other, limits.sure)
-    if limits.max_abs is not None:
-        return [within(name, found.max_abs, limits.max_abs, f"largest difference of a logit; {found}")]
+    """Hold `other` against `reference`: four figures, a check each; the first, called `name`, is the one that decides.
+
+    Where a figure has no limit of its own, as the size of single logits in 16 bits, it is stated and has only to be finite.
+    """
+    found, exact = compare_logits(reference, other, limits.sure or math.inf), limits.max_abs is not None
+    figures = {
+        "largest difference of a logit": (found.max_abs, limits.max_abs),
+        "mean KL in nats": (found.kl, 2 * limits.max_abs if exact else limits.kl),  # logits within e: KL at most 2 e
+        "mean difference of a logit": (found.mean_abs, limits.max_abs),
+    }
+    first = "largest difference of a logit" if exact else "mean KL in nats"
+    checks = [_figure(name, *figures.pop(first), f"{first}; {found}")]
+    checks += [_figure(f"{name}: {title}", *figure) for title, figure in figures.items()]
+    if limits.sure is None:
+        share = 1 - found.flips / max(found.positions, 1)
+        return [*checks, _figure(f"{name}: share of equal first choices", share, None)]
     sure = f"{name}: same choice wherever it leads by {limits.sure:g} nats"
-    return [
-        within(name, found.kl, limits.kl, f"mean KL in nats, as one side has 16 bits; {found}"),
-        within(sure, found.sure_flips, 0, f"{found.flips} of {found.positions} choices differ in all"),
-    ]
+    return [*checks, within(sure, found.sure_flips, 0, f"{found.flips} of {found.positions} choices differ in all")]
+
+
+def _figure(name: str, measured: float, limit: float | None, detail: str = "") -> Check:
+    """A figure held against its limit, or stated where it has none."""
+    if limit is not None:
+        return within(name, measured, limit, detail)
+    return Check(name, math.isfinite(measured), measured, None, f"{detail}; stated, no limit" if detail else "stated, no limit")
 
 # %% ../../nbs/export/02_verify.ipynb #639dcb7d
 def as_rows(model: torch.nn.Module, rows: Sequence[Mapping[str, Any]]) -> list[dict[str, torch.Tensor]]:
@@ -207,7 +236,7 @@ def ask_stranger(
     family: str,
     rows: Sequence[Mapping[str, torch.Tensor]],
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     reads: bool = True,
     texts: Sequence[str] = SENTENCES,
     keep: int = 64,
@@ -219,7 +248,7 @@ def ask_stranger(
         directory: the saved folder.
         family: decides the auto class.
         rows: model inputs (see `as_rows`).
-        dtype: type the weights were saved in; fingerprints are taken in it.
+        dtype: type the weights were saved in; fingerprints are taken in it. None takes them as they are.
         reads: whether the folder holds a tokenizer or processor to be tried as well.
         texts: what the tokenizer reads.
         keep: positions kept per row.
@@ -233,7 +262,7 @@ def ask_stranger(
     """
     request = {
         "folder": str(Path(directory).resolve()), "family": family, "device": device, "keep": keep, "reads": reads,
-        "dtype": str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "texts": list(texts),
+        "dtype": dtype and str(dtype).removeprefix("torch."), "threads": torch.get_num_threads(), "texts": list(texts),
         "conversations": [sample_conversation(texts[0], family)] if texts else [],
     }  # fmt: skip
     with tempfile.TemporaryDirectory(prefix="supertrainer-verify-") as desk:
@@ -258,10 +287,11 @@ def verify_folder(
     expected: Mapping[str, str],
     limits: Limits,
     *,
-    dtype: torch.dtype,
+    dtype: torch.dtype | None,
     reader: Any = None,
     keep: int = 64,
     device: str = "cpu",
+    name: str = "saved model answers as the trained one",
 ) -> list[Check]:
     """Reload a saved folder in a fresh process and hold it against the trained model.
 
@@ -272,10 +302,11 @@ def verify_folder(
         reference: the trained model's logits on them (`reload.logits_of`).
         expected: fingerprints of the weights that were meant to be saved (`reload.digests`).
         limits: what the logits are held against.
-        dtype: type the weights were saved in.
+        dtype: type the weights were saved in; None for several, as in 4 bits.
         reader: the tokenizer or processor that was saved, or None.
         keep: positions kept per row, as for `reference`.
         device: where the fresh process computes.
+        name: what the comparison of logits is called.
 
     Returns:
         The checks, passed or not.
@@ -290,7 +321,7 @@ def verify_folder(
         Check("saved folder loads without supertrainer", not answer.strangers, ", ".join(answer.strangers) or "none of its modules",
               "none of its modules", f"fresh process, transformers {answer.transformers}"),
         within("saved weights are the trained ones bit for bit", len(wrong), 0, f"tensors that differ, of {len(expected)}{example}"),
-        *difference_checks("saved model answers as the trained one", reference, answer.logits, limits),
+        *difference_checks(name, reference, answer.logits, limits),
     ]  # fmt: skip
     return checks + ([] if reader is None else _reading_checks(answer.reading, reader, family))
 
@@ -307,3 +338,19 @@ def _reading_checks(reading: Mapping, reader: Any, family: str) -> list[Check]:
         Check(names[part], reading.get(part) == value, "equal" if reading.get(part) == value else "different", "equal")
         for part, value in ours.items()
     ]
+
+# %% ../../nbs/export/02_verify.ipynb #edb3fdad
+CHECKS_FILE = "supertrainer_checks.json"
+
+
+def keep_checks(directory: str | Path, checks: Sequence[Check]) -> Path:
+    """Write the checks of a save into its folder, as a JSON list of objects with the fields of `Check`; return the file."""
+    path = Path(directory, CHECKS_FILE)
+    path.write_text(json.dumps([asdict(check) for check in checks], indent=2, ensure_ascii=False) + "\n", "utf-8")
+    return path
+
+
+def kept_checks(directory: str | Path) -> list[Check]:
+    """The checks that were kept in a folder; empty where there are none."""
+    path = Path(directory, CHECKS_FILE)
+    return [Check(**values) for values in json.loads(path.read_text("utf-8"))] if path.exists() else []

@@ -246,7 +246,7 @@ def load_adapter(request: Request, folder: Path) -> tuple[peft.PeftModel, PreTra
     if (folder / "tokenizer_config.json").is_file():
         own = get_family(found.family).processor_class().from_pretrained(folder, trust_remote_code=False)
         grow_for(model, processor, own)
-        processor = own
+        processor = found.processor = own
     resize_vocabulary(model, max(saved_rows(model, folder), model.get_input_embeddings().weight.shape[0]))
     try:
         with quiet(), warnings.catch_warnings():

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import AutoConfig, Idefics3Processor, PreTrainedModel, PreTrainedTokenizerFast, ProcessorMixin
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
@@ -185,6 +185,7 @@ def make_processor(values: Mapping[str, Any], texts: Iterable[str] | None,
 
 
 def _image_processor(values: Mapping[str, Any], tokenizer: PreTrainedTokenizerFast) -> Idefics3Processor:
+    tokenizer.add_tokens([AddedToken("\n\n", normalized=False)])  # llama.cpp sets one before an image, as a single token
     edge = {"longest_edge": values["vision_config"]["image_size"]}
     patches = values["vision_config"]["image_size"] // values["vision_config"]["patch_size"]
     images = Idefics3ImageProcessorPil(size=edge, max_image_size=edge, do_image_splitting=False)

@@ -8,6 +8,7 @@ __all__ = ['ATTRIBUTE', 'ModelInfo', 'InstanceMethod', 'attach', 'info', 'task_o
 # %% ../../nbs/models/05_info.ipynb #8d85e1e4
 import weakref
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -32,6 +33,8 @@ class ModelInfo:
         reload: what `fresh_base` needs to make the base again.
         max_seq_length: longest input in tokens.
         task: what an encoder's head was made for, by the names of `families.yaml`.
+        processor: the tokenizer or processor it was loaded with.
+        run: the folder of the run that trained it.
     """
 
     family: str
@@ -43,6 +46,8 @@ class ModelInfo:
     reload: dict[str, Any] = field(default_factory=dict)
     max_seq_length: int | None = None
     task: str | None = None
+    processor: Any = field(default=None, repr=False)
+    run: Path | None = None
 
     def decide(self, decision: Decision) -> None:
         """Record a decision; a later one of the same name replaces the earlier."""
@@ -61,7 +66,19 @@ class InstanceMethod:
     """A registered `model_method` bound to one model; looked up when it is called."""
 
     def __init__(self, name: str, owner: torch.nn.Module) -> None:
-        self.name, self._owner = name, weakref.ref(owner)
+        self.name, self._reference, self._kind = name, weakref.ref(owner), type(owner)
+        self._parts = {key: value for key, value in owner.__dict__.items() if not isinstance(value, InstanceMethod)}
+
+    def _owner(self) -> torch.nn.Module | None:
+        """The model; one without a name is gone by the time its method is called, and put together again from its parts."""
+        owner = self._reference()
+        if owner is None and self._parts:
+            owner = object.__new__(self._kind)
+            owner.__dict__.update(self._parts)
+            owner.training = any(child.training for child in owner.children()) if self._parts["_modules"] else owner.training
+            if ATTRIBUTE in self._parts:
+                attach(owner, self._parts[ATTRIBUTE])
+        return owner
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         owner = self._owner()
@@ -70,10 +87,11 @@ class InstanceMethod:
         return lookup("model_method", self.name)(owner, *args, **kwargs)
 
     def __getstate__(self) -> dict:
-        return {"name": self.name, "owner": self._owner()}
+        return {"name": self.name, "owner": self._owner(), "kind": self._kind, "parts": self._parts}
 
     def __setstate__(self, state: dict) -> None:
-        self.name, self._owner = state["name"], weakref.ref(state["owner"])
+        self.name, self._kind, self._parts = state["name"], state["kind"], state["parts"]
+        self._reference = weakref.ref(state["owner"])
 
     def __repr__(self) -> str:
         return f"<model method {self.name}>"

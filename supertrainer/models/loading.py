@@ -380,6 +380,7 @@ def load(request: Request) -> tuple[PreTrainedModel, PreTrainedTokenizerBase | P
                     "new_weights": loaded.new_weights, "kernels": request.kernels}
     settle_vocabulary(request, loaded, found)
     settle_tokens(request, loaded, family, source, found)
+    found.processor = loaded.processor
     quantised = found.reload["quantised"] = settle_quantisation(loaded.model, found)
     model = loaded.model if quantised else loaded.model.to(found.decision("device").value)
     if request.freeze_layers:

@@ -6,64 +6,22 @@
 __all__ = ['load_processor', 'ModelFacts', 'model_facts']
 
 # %% ../../nbs/models/09_processor.ipynb #0b73b0fd
-import contextlib
-import json
 import os
-import shutil
-import tempfile
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
+from transformers import AutoConfig, GenerationConfig, PreTrainedTokenizerBase, ProcessorMixin
 
 from .builtin import make_config, make_processor, recipe
-from .catalogue import get_entry
-from .gguf import CACHE_FORMAT, MANIFEST, cache_is_whole, cache_root, check_gguf, quiet_loading
+from .gguf import quiet_loading, read_head
 from .lengths import position_limit
 from .loading import hub_options, pick_family, say_why
 from .padding import choose_pad, get_tokenizer, space_before_words
 from .request import Request
-from .sources import Source, resolve
-from ..runtime import sha256
+from .sources import resolve
 
 # %% ../../nbs/models/09_processor.ipynb #1a234339
-def _head_folder(path: Path, key: str) -> Path:
-    """Return the folder with the tokenizer and the configuration of a GGUF file, made from its head if need be."""
-    folder = cache_root() / f"{key}-head"
-    if cache_is_whole(folder):
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f"{folder.name[:12]}.", suffix=".part", dir=folder.parent))
-    try:
-        with quiet_loading():
-            config = AutoConfig.from_pretrained(str(path.parent), gguf_file=path.name)
-            AutoTokenizer.from_pretrained(str(path.parent), gguf_file=path.name).save_pretrained(work)
-        config.__dict__.pop("quantization_config", None)
-        config.save_pretrained(work)
-        files = {file.name: sha256(file) for file in sorted(work.iterdir())}
-        (work / MANIFEST).write_text(json.dumps({"format": CACHE_FORMAT, "source": path.name, "files": files}))
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(work, folder)
-    finally:
-        shutil.rmtree(work, ignore_errors=True)
-    return folder
-
-
-def _place(source: Source) -> tuple[str, dict[str, str]]:
-    """Return what transformers loads from, and the GGUF file in it if there is one."""
-    if not source.is_gguf:
-        return str(source.path or source.name), {}
-    check_gguf(source.path)
-    if source.kind == "catalogue":
-        key = get_entry(source.name).sha256[source.path.name]
-        with contextlib.suppress(OSError):  # a cache that cannot be written is done without
-            whole = cache_root() / key
-            return str(whole if cache_is_whole(whole) else _head_folder(source.path, key)), {}
-    return str(source.path.parent), {"gguf_file": source.path.name}
-
-
 def load_processor(name: str | os.PathLike, *, family: str | None = None, revision: str | None = None,
                    config: Mapping[str, Any] | None = None, texts: Iterable[str] | None = None,
                    token: str | None = None, task: str | None = None) -> PreTrainedTokenizerBase | ProcessorMixin:
@@ -85,12 +43,13 @@ def load_processor(name: str | os.PathLike, *, family: str | None = None, revisi
     kind = pick_family(request, source)
     if source.kind == "built-in":
         processor = make_processor(recipe(request.model_name, request.config), texts, request.model_name)
+    elif source.is_gguf:
+        processor = read_head(source.path)[1]
     else:
-        place, gguf = _place(source)
-        loader = AutoTokenizer if gguf else kind.processor_class()
+        place = str(source.path or source.name)
         try:
             with quiet_loading():
-                processor = loader.from_pretrained(place, trust_remote_code=False, **gguf, **hub_options(request))
+                processor = kind.processor_class().from_pretrained(place, trust_remote_code=False, **hub_options(request))
         except (OSError, ValueError, KeyError, ImportError) as error:
             raise say_why(request, place, error) from None
     tokenizer = get_tokenizer(processor)
@@ -134,14 +93,16 @@ def model_facts(name: str | os.PathLike, processor: PreTrainedTokenizerBase | Pr
     if source.kind == "built-in":
         found = make_config(recipe(request.model_name, request.config), get_tokenizer(processor))
         generation = None
+    elif source.is_gguf:
+        found, generation = read_head(source.path)[0], None
     else:
-        place, gguf = _place(source)
+        place = str(source.path or source.name)
         try:
             with quiet_loading():
-                found = AutoConfig.from_pretrained(place, trust_remote_code=False, **gguf, **hub_options(request))
+                found = AutoConfig.from_pretrained(place, trust_remote_code=False, **hub_options(request))
         except (OSError, ValueError, KeyError) as error:
             raise say_why(request, place, error) from None
-        generation = _generation_config(place, request) if not gguf else None
+        generation = _generation_config(place, request)
     text = found.get_text_config()
     stops = (generation if generation is not None else text).eos_token_id
     stops = getattr(found, "eos_token_id", None) if stops is None else stops

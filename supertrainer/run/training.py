@@ -29,6 +29,7 @@ from ..models.mllm import FastMLLM
 from ..models.processor import model_facts
 from ..patching import patches
 from . import looking, recipes
+from .exporting import check_export, export_run
 from .folder import Run, finish, new_folder, write_config, write_json
 from ..runtime import (MemoryMeter, UserError, environment, get_logger, human_seconds, in_notebook, no_bars,
                                    quiet, seed_everything)
@@ -166,6 +167,7 @@ def train(cfg: StrictDict, from_run: str | None = None, *, data: Any = None, eva
         raise UserError('train(cfg) takes a configuration: train(compose("train_bert", "mode=toy")).')
     cfg = recipes.with_data(cfg if isinstance(cfg, StrictDict) else StrictDict(cfg), data)
     new_folder(cfg.run.root, "x", cfg.run.dir)  # an occupied folder is an error before anything is read
+    check_export(cfg)
     clock = {"start": time.perf_counter()}
     seed_everything(cfg.seed)
     with MemoryMeter() as whole:
@@ -197,7 +199,13 @@ def train(cfg: StrictDict, from_run: str | None = None, *, data: Any = None, eva
     results["seconds"]["total"] = time.perf_counter() - clock["start"]
     results["peak_memory_mb"] = whole.peak_total_mb
     run.results, run.model, run.tokenizer = results, model, processor
-    return finish(run)
+    info(model).run = run.dir
+    finish(run)
+    if cfg.export.gguf or cfg.export.push.repo_id:
+        with noting_failure(run):
+            run.checks.add(*export_run(run))
+        finish(run)
+    return run
 
 
 def log_rows(cfg: StrictDict, splits: Splits) -> None:

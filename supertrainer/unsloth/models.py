@@ -20,7 +20,6 @@ from ..models.info import InstanceMethod, info
 from ..models.offload import check_checkpointing
 from ..models.padding import get_tokenizer
 from ..models.parts import chosen_modules
-from ..registry import names
 from ..runtime import Decision, UserError, choose_device, choose_dtype, get_logger
 from . import generation
 from .heads import asked_head, drop_neutral, take_dtype
@@ -129,20 +128,8 @@ _METHODS: dict[str, Callable] = {
     "generate": generate, "fast_generate": generation.fast_generate, "save_lora": generation.save_lora,
     "load_lora": generation.load_lora, "for_inference": for_inference, "for_training": for_training,
     "push_to_hub": push_to_hub}
-_ABSENT = {  # unless another chapter gives models a method of this name
-    "save_pretrained_gguf": "models are not written as GGUF. Use model.save_pretrained_merged and llama.cpp's converter",
-    "push_to_hub_gguf": "models are not written as GGUF. Use model.save_pretrained_merged and llama.cpp's converter",
-    "push_to_hub_merged": "merged models are saved, not uploaded. Use model.save_pretrained_merged and upload the folder",
-}
 
 # %% ../../nbs/unsloth/02_models.ipynb #82af8cea
-def _refuse(name: str) -> Callable:
-    def refuse(model: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
-        raise UserError(f"model.{name} is not here yet: {_ABSENT[name]}.")
-
-    return refuse
-
-
 class _Method(InstanceMethod):
     """One of `_METHODS`, bound to a model without keeping it alive."""
 
@@ -150,12 +137,12 @@ class _Method(InstanceMethod):
         owner = self._owner()
         if owner is None:
             raise RuntimeError(f"the model that {self.name}() belonged to is gone")
-        return (_METHODS.get(self.name) or _refuse(self.name))(owner, *args, **kwargs)
+        return _METHODS[self.name](owner, *args, **kwargs)
 
 
 def dress(model: torch.nn.Module) -> torch.nn.Module:
     """Lay the methods of Unsloth's models on the instance `model`; return it."""
-    for name in [*_METHODS, *(set(_ABSENT) - set(names("model_method")))]:
+    for name in _METHODS:
         model.__dict__[name] = _Method(name, model)
     model.__dict__["max_seq_length"] = info(model).max_seq_length
     return model
