@@ -677,7 +677,7 @@ def running(folder=None):
 @contextlib.contextmanager
 def used_by_this_process(hub, monkeypatch, cache, token="me-writes"):
     """Let `huggingface_hub` in this process talk to `hub` (its constants were read from the environment at import)."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     for name, value in environment_of(hub, cache, token).items():
         monkeypatch.setenv(name, value)
@@ -686,6 +686,9 @@ def used_by_this_process(hub, monkeypatch, cache, token="me-writes"):
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+    monkeypatch.setattr(hf_api.api, "endpoint", hub.url)  # clients made once keep the address of their first moment
+    if "transformers.utils.hub" in sys.modules:
+        monkeypatch.setattr(sys.modules["transformers.utils.hub"], "_hf_api", None)
     yield hub
 
 

@@ -372,3 +372,47 @@ def test_a_processor_is_found_again_for_a_bare_tokenizer(tmp_path):
     assert again.image_processor.size == reader.image_processor.size and again.chat_template == reader.chat_template
     with pytest.raises(UserError, match="needs its processor"):
         make_inference_ready(model, processor.tokenizer, "mllm")
+
+
+# ---- what repairs must not do, and what loads without a word ---------------------------------------------------
+
+
+def test_no_stop_token_is_made_up_from_an_empty_tokenizer(llm):
+    """transformers makes a tokenizer without words where tokenizer.json is missing, and says nothing."""
+    (llm / "tokenizer.json").unlink()
+    edit("tokenizer_config.json", tokenizer_class="LlamaTokenizer")(llm)
+    assert len(AutoTokenizer.from_pretrained(llm)) < 10, "transformers still makes one of nothing"
+    before = tree(llm)
+    seen = examine(llm, fix=True)
+    assert [finding.name for finding in seen.wrong] == ["the tokenizer can be loaded"] and "no vocabulary" in seen.wrong[0].found
+    assert tree(llm) == before
+
+
+def test_an_adapter_beside_merged_weights_is_found(llm):
+    model = peft.get_peft_model(LlamaForCausalLM(LlamaConfig(**TINY)), peft.LoraConfig(target_modules=["q_proj"], task_type="CAUSAL_LM"))
+    model.save_pretrained(llm, save_embedding_layers=False)
+    assert "no adapter beside the weights" in {finding.name for finding in examine(llm).wrong}
+
+
+def test_a_generation_config_without_an_end_counts_alone(llm):
+    """generate() does not fall back to config.json where generation_config.json is there."""
+    good = answers(llm)
+    edit("generation_config.json", eos_token_id=None)(llm)
+    edit("config.json", eos_token_id=1)(llm)
+    assert [finding.name for finding in examine(llm).wrong] == ["generation stops at the end of a turn"]
+    assert examine(llm, fix=True).passed and answers(llm) == good
+
+
+def test_a_snapshot_in_the_cache_is_not_repaired_by_its_path(llm, tmp_path):
+    edit("tokenizer_config.json", padding_side="right")(llm)
+    snapshot = tmp_path / "models--me--name" / "snapshots" / "abc"
+    snapshot.parent.mkdir(parents=True)
+    llm.rename(snapshot)
+    before = tree(snapshot)
+    seen = examine(snapshot, fix=True)
+    assert not seen.passed and tree(snapshot) == before and "hf download me/name" in seen.text()
+
+
+def test_no_name_is_no_folder(in_tmp):
+    with pytest.raises(UserError):
+        examine("")

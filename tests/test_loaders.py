@@ -6,8 +6,14 @@ import types
 
 import pytest
 import torch
-from transformers import (AutoConfig, BertConfig, DebertaV2Config, DebertaV2ForSequenceClassification, Qwen3MoeConfig,
-                          Qwen3MoeForCausalLM)
+from transformers import (
+    AutoConfig,
+    BertConfig,
+    DebertaV2Config,
+    DebertaV2ForSequenceClassification,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
+)
 
 from supertrainer import runtime
 from supertrainer.models.base import FastModel, fresh_base, info

@@ -10,11 +10,12 @@ from pathlib import Path
 import pytest
 import torch
 from hub_server import environment_of
+from huggingface_hub import HfApi
 
 from supertrainer.cli import main
 from supertrainer.config import compose
 from supertrainer.export import ship
-from supertrainer.export.adapters import check_base, pull_adapter
+from supertrainer.export.adapters import pull_adapter
 from supertrainer.models.base import FastModel, info
 from supertrainer.models.llm import FastLLM
 from supertrainer.run import export
@@ -116,10 +117,8 @@ def test_a_secret_stops_a_push(hub, base, tmp_path):
 def test_words_on_the_card_of_the_repository_are_kept(hub, base):
     model, _ = trained(base)
     model.save_to_hub("me/x", license="mit")
-    repo = hub.repos["me/x"]
-    tree = dict(repo.commits[repo.find("main")])
-    tree["README.md"] = (tree["README.md"][0] + b"\nA line by hand.\n", False)
-    repo.add("refs/heads/main", tree, "by hand")
+    text = hub.files("me/x")["README.md"] + b"\nA line by hand.\n"
+    HfApi(endpoint=hub.url).upload_file(path_or_fileobj=text, path_in_repo="README.md", repo_id="me/x")
     model.save_to_hub("me/x", license="mit")
     assert b"A line by hand." in hub.files("me/x")["README.md"]
 
@@ -151,7 +150,7 @@ def test_an_adapter_alone_knows_its_base(hub, base, tmp_path):
     there = hub.files("me/adapter")
     assert "adapter_model.safetensors" in there and "model.safetensors" not in there
     assert json.loads(there["adapter_config.json"])["base_model_name_or_path"] == "me/base"
-    right, _ = FastModel.from_pretrained(base)
+    right, _ = FastModel.from_pretrained(base, dtype="float32")
     adapted, _ = pull_adapter("me/adapter", right)
     ids = torch.arange(5, 15)[None]
     with torch.no_grad():
@@ -160,7 +159,6 @@ def test_an_adapter_alone_knows_its_base(hub, base, tmp_path):
     wrong, _ = FastLLM.from_pretrained("tiny_llama", texts=TEXTS, config=SMALL, seed=7)
     with pytest.raises(UserError, match="was trained on me/base"):
         pull_adapter("me/adapter", wrong)
-    assert not check_base(wrong, tmp_path / "hub_cache") if (tmp_path / "hub_cache" / "adapter_config.json").exists() else True
 
 
 def test_a_run_is_exported_from_the_command_line_and_runs_elsewhere(hub, tmp_path, in_tmp, capsys):

@@ -23,7 +23,7 @@ from typing import Any
 import httpx2
 import peft
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import (
     GatedRepoError,
     HfHubHTTPError,
@@ -99,11 +99,20 @@ def wanted_base(folder: str | Path) -> WantedBase:
                       tuple(labels) if labels else None)  # fmt: skip
 
 
+def _commit_of(found: ModelInfo) -> str | None:
+    """Return the commit of a base that was downloaded: the cache keeps each in a folder of that name."""
+    request = found.reload.get("request")
+    if found.source != "hub" or request is None:
+        return None
+    path = try_to_load_from_cache(found.name, "config.json", request.hub.get("cache_dir"), request.revision)
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
 def record_base(model: peft.PeftModel, folder: str | Path) -> Path:
     """Write what the base of `model` is recognised by into an adapter's folder; return the file."""
     path, plain = Path(folder) / BASE_FILE, plain_model(model)
     found = getattr(plain, ATTRIBUTE, None)
-    kept: dict[str, Any] = {"commit": getattr(plain.config, "_commit_hash", None)}
+    kept: dict[str, Any] = {"commit": _commit_of(found) if isinstance(found, ModelInfo) else None}
     if isinstance(found, ModelInfo) and found.family == "bert" and found.reload.get("new_weights"):
         kept["labels"] = [label for _, label in sorted(plain.config.id2label.items())]
     kept["fingerprint"] = fingerprint(model).to_json()

@@ -16,8 +16,8 @@ from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntry
 
 from .findings import Examination, Finding
 from .opened import Opened, attempt
-from .other_kinds import family_of_adapter, judge_adapter_weights, judge_base, judge_gguf
-from .readers import judge_tokenizer
+from .other_kinds import ADAPTER, family_of_adapter, judge_adapter_settings, judge_adapter_weights, judge_base, judge_gguf
+from .readers import READER_JUDGES
 from .repairs import SUFFIX, Desk
 from supertrainer.export.settings import (
     judge_architecture,
@@ -28,7 +28,16 @@ from supertrainer.export.settings import (
     judge_paths,
     judge_quantisation,
 )
+from supertrainer.export.silent import (
+    judge_class,
+    judge_gguf_files,
+    judge_prompt_end,
+    judge_second_adapter,
+    judge_template_prints,
+    judge_zeros,
+)
 from .weight_findings import judge_fit, judge_values, judge_weight_files
+from .weights import INDEX, SINGLE
 from ..models.families import get_family
 from ..models.sources import model_folder, resolve
 from ..runtime import UserError
@@ -38,32 +47,36 @@ __all__ = ['judge_folder', 'find_model', 'examine']
 
 # %% ../../nbs/export/11_doctor.ipynb #70120877
 _MODEL = (judge_files, judge_architecture, judge_leftovers, judge_quantisation, judge_paths, judge_dtype, judge_labels,
-          judge_weight_files, judge_fit, judge_tokenizer)
+          judge_weight_files, judge_second_adapter, judge_gguf_files, judge_fit, judge_class, *READER_JUDGES,
+          judge_prompt_end, judge_template_prints)
 
 
 def _ask(judge: object, *args: object) -> list[Finding]:
     """The findings of one judge."""
-    tried = attempt(lambda: list(judge(*args)))
+    found: list[Finding] = []
+    tried = attempt(lambda: found.extend(judge(*args)))  # what was found before it stumbled is kept
     if not tried.error:
-        return tried.value
-    return [Finding(f"{judge.__name__.removeprefix('judge_')} can be judged", False, tried.error, "no error", "risk",
+        return found
+    return found + [Finding(f"{judge.__name__.removeprefix('judge_')} can be judged", False, tried.error, "no error", "risk",
                     "The folder is unlike anything the doctor knows here; other programs may stumble too.")]
 
 
 def judge_folder(folder: Path, family: str | None, values: bool = True) -> tuple[str, str | None, list[Finding]]:
     """What a folder holds, its family, and everything that can be found out about it."""
     opened = Opened(folder, family)
-    if "adapter_config.json" in opened.names and "config.json" not in opened.names:
+    whole = {SINGLE, INDEX} & set(opened.names)
+    if "adapter_config.json" in opened.names and ("config.json" not in opened.names or (ADAPTER in opened.names and not whole)):
         opened.family = family or family_of_adapter(opened.json("adapter_config.json"))
-        found = _ask(judge_files, opened) + _ask(judge_base, opened) + _ask(judge_adapter_weights, opened, values)
-        return "adapter", opened.family, found + (_ask(judge_tokenizer, opened) if opened.has_reader else [])
+        found = _ask(judge_files, opened) + _ask(judge_base, opened) + _ask(judge_adapter_settings, opened)
+        found += _ask(judge_adapter_weights, opened, values)
+        return "adapter", opened.family, found + ([finding for judge in READER_JUDGES for finding in _ask(judge, opened)] if opened.has_reader else [])
     title = f"model folder, {get_family(opened.family).title}" if opened.family else "model folder"
     if "config.json" not in opened.names:
         tried = attempt(lambda: model_folder(folder))
         return title, opened.family, [Finding("there is a model", False, tried.error or "no config.json", "config.json",
                                               explanation="Nobody can load the model.",
                                               repair="Name the folder that holds the model, or save it again.")]
-    judges: Iterable = (*_MODEL, judge_values) if values else _MODEL
+    judges: Iterable = (*_MODEL, judge_values, judge_zeros) if values else _MODEL
     return title, opened.family, [finding for judge in judges for finding in _ask(judge, opened)]
 
 # %% ../../nbs/export/11_doctor.ipynb #97301b1a
@@ -83,6 +96,13 @@ def _from_hub(repo_id: str) -> Path:
         raise UserError(f"{repo_id}: there is no such folder, and the Hub does not give a model of that name: {said}") from None
 
 
+def _cached_name(folder: Path) -> str | None:
+    """The Hub id of a snapshot in a cache of huggingface_hub, None for any other folder."""
+    repository = folder.resolve().parent.parent.name
+    is_snapshot = folder.resolve().parent.name == "snapshots" and repository.startswith("models--")
+    return repository.removeprefix("models--").replace("--", "/") if is_snapshot else None
+
+
 def find_model(path_or_id: str | os.PathLike) -> tuple[Path, str]:
     """Where the model lies, and where it came from (`here` or `hub`).
 
@@ -90,9 +110,10 @@ def find_model(path_or_id: str | os.PathLike) -> tuple[Path, str]:
         UserError: nothing of that name, or a model that was never saved.
     """
     path = Path(path_or_id).expanduser()
-    if path.is_dir():
+    if path.is_dir() and os.fspath(path_or_id).strip():
         whole = [folder for folder in (path, path / "model") if any((folder / name).is_file() for name in ("config.json", "adapter_config.json"))]
-        return (whole or [path])[0], "here"
+        found = (whole or [path])[0]
+        return found, "hub" if _cached_name(found) else "here"
     source = resolve(path_or_id)
     if source.kind == "built-in":
         raise UserError(f"{source.name} is built in and made anew each time; examine the folder that you saved it into.")
@@ -147,7 +168,7 @@ def examine(path_or_id: str | os.PathLike, *, fix: bool = False, family: str | N
     seen = Examination(os.fspath(path_or_id), what, family_found, findings)
     can = any(not finding.passed and finding.mend for finding in findings)
     if origin == "hub" and can:
-        seen.hint = (f"A copy in the cache is never repaired. `hf download {path_or_id} --local-dir FOLDER`, then `supertrainer doctor "
+        seen.hint = (f"A copy in the cache is never repaired. `hf download {_cached_name(place) or path_or_id} --local-dir FOLDER`, then `supertrainer doctor "
                      "FOLDER --fix`, then upload the folder.")
     elif fix and can:
         seen.findings, seen.changed, seen.hint = _treat(place, family, findings, values)

@@ -15,12 +15,12 @@ from typing import Any
 
 import peft
 import torch
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, ProcessorMixin
 
 from ..check import Check, CheckFailed, CheckLog, within
 from . import verify
 from .bases import Base, base_name, base_tensors, make_shell, open_base
-from .contract import check_contract, make_inference_ready
+from .contract import check_contract, find_processor, make_inference_ready
 from supertrainer.export.deltas import (
     Merged,
     active_adapter,
@@ -236,6 +236,8 @@ def _save_into(job: Job, tokenizer: Any, labels: Sequence[str] | None, shell: Pr
                max_shard_size: int | str, four_bit: bool, log: CheckLog) -> None:  # fmt: skip
     """Merge, write and prove; `CheckFailed` at the first step whose checks do not hold."""
     merged, compared = job.merged(job.merge_base, shell)
+    if job.family == "mllm" and tokenizer is not None and not isinstance(tokenizer, ProcessorMixin):
+        tokenizer = find_processor(job.model, tokenizer) or tokenizer
     ready = make_inference_ready(shell, tokenizer, job.family, labels, job.dtype)
     place = hidden / "merged" if four_bit else hidden
     place.mkdir(exist_ok=True)
@@ -315,7 +317,8 @@ def adapter_checks(model: peft.PeftModel, folder: str | Path, name: str) -> list
     held = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers(remove_duplicate=False))}
     own = {key: value for key, value in held.items() if base_name(key) is None and f".{name}" in key and "_original" not in key}
     pairs = [(key, value, found.get(key)) for key, value in own.items()]
-    pairs += [(key, base_tensors(model)[key], value) for key, value in biases.items()]
+    heads = {key.replace(f".modules_to_save.{name}.", ".") for key in own}  # trained in full: their biases are compared above
+    pairs += [(key, base_tensors(model)[key], value) for key, value in biases.items() if f"base_model.model.{key}" not in heads]
     wrong = [key for key, ours, theirs in pairs if theirs is None or not torch.equal(ours.detach().cpu().float(), theirs.float())]
     detail = f"tensors that differ, of {len(pairs)}" + (f"; first: {', '.join(wrong[:3])}" if wrong else "")
     return [within("saved adapter is the trained one bit for bit", len(wrong), 0, detail)]

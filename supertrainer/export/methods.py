@@ -15,12 +15,11 @@ from typing import Any
 import torch
 
 from ..check import Check
-from . import ship
-from .adapters import name_base
+from . import adapters, ship
 from .gguf.importance import gather_importance
 from .gguf.mixes import resolve_method
 from .hub import Pushed, check_push
-from .merge import save_lora, save_model, weight_dtype
+from .merge import save_model, weight_dtype
 from ..models.info import info
 from ..runtime import UserError, did_you_mean
 
@@ -132,15 +131,14 @@ def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *,
         base_model: under which name others find the base; default: the name it was loaded by, unless that is a path here.
         license: default: that of the base.
         tags: further tags of the card.
-        how: `private`, `public_ok`, `revision`, `create_pr`, `token`, `commit_message`, `commit_description`.
+        how: `base_revision`, `private`, `public_ok`, `revision`, `create_pr`, `token`, `commit_message`, `commit_description`.
     """
-    check_push(repo_id, **{key: value for key, value in how.items() if not key.startswith("commit_")})
-    with tempfile.TemporaryDirectory(prefix="supertrainer-ship-") as place:
-        folder = Path(place) / repo_id.rpartition("/")[2]
-        checks = save_lora(model, _reader(model, tokenizer), folder, family=info(model).family)
-        name_base(folder, base_model)
-        return ship.push(folder, repo_id, checks=checks, license=license, tags=tags, family=info(model).family,
-                         run_dir=info(model).run, **how)
+    account = {name: how.get(name) for name in ("token", "revision")}
+
+    def prepare(desk: Path) -> None:
+        ship.describe(desk, ship.facts_of_folder(desk), repo_id, license=license, tags=tags, **account)
+
+    return adapters.push_adapter(model, repo_id, _reader(model, tokenizer), base_model=base_model, prepare=prepare, **how)
 
 # %% ../../nbs/export/31_methods.ipynb #84e182de
 _NEUTRAL = {"safe_serialization": (True, None), "is_main_process": (True,), "push_to_hub": (False, None), "state_dict": (None,),

@@ -163,7 +163,10 @@ class Opened:
         """The tokenizer alone; there also where the rest of a processor cannot be loaded."""
         if self.reader_tried.error and self.family == "mllm":
             return attempt(lambda: AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
-        return Tried(get_tokenizer(self.reader_tried.value), self.reader_tried.error, self.reader_tried.kind)
+        found = get_tokenizer(self.reader_tried.value)
+        if found is not None and len(found) <= len(found.added_tokens_decoder):  # transformers makes one of what it has
+            return Tried(None, "it has no vocabulary: tokenizer.json, or the file it was made from, is missing")
+        return Tried(found, self.reader_tried.error, self.reader_tried.kind)
 
     @property
     def tokenizer(self) -> Any:

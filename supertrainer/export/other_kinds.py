@@ -5,9 +5,11 @@
 # %% ../../nbs/export/10f_other_kinds.ipynb #882d6e18
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import peft
 import torch
 from safetensors import safe_open
 
@@ -19,7 +21,7 @@ from ..models.gguf_file import GgufFile
 from ..models.sources import HUB_ID
 
 # %% auto #0
-__all__ = ['ADAPTER', 'family_of_adapter', 'judge_base', 'judge_adapter_weights', 'judge_gguf']
+__all__ = ['ADAPTER', 'family_of_adapter', 'judge_base', 'judge_adapter_settings', 'judge_adapter_weights', 'judge_gguf']
 
 # %% ../../nbs/export/10f_other_kinds.ipynb #30785321
 ADAPTER = "adapter_model.safetensors"
@@ -31,10 +33,13 @@ def family_of_adapter(values: dict) -> str | None:
     return _FAMILIES.get(str(values.get("task_type")))
 
 
+_OUTPUTS = ("output/", "outputs/", "runs/", "results/", "checkpoints/", "models/", "model/", "content/")  # folders, not organisations
+
+
 def judge_base(opened: Opened) -> Iterator[Finding]:
     """Whether the adapter names its base so that others find it."""
     base = opened.json("adapter_config.json").get("base_model_name_or_path")
-    local = bool(base) and not HUB_ID.match(str(base))
+    local = bool(base) and (not HUB_ID.match(str(base)) or Path(str(base)).is_dir() or str(base).startswith(_OUTPUTS))
     yield Finding("the adapter names its base", bool(base) and not local, base or "none", "a name on the Hub",
                   explanation="The base is looked for in a folder that only one machine has: nobody else can load the adapter."
                   if local else "Nobody knows which model the adapter belongs to.",
@@ -43,6 +48,37 @@ def judge_base(opened: Opened) -> Iterator[Finding]:
 
 def _names(folder: Path) -> list[str]:
     return sorted(read_header(folder / ADAPTER))
+
+
+def judge_adapter_settings(opened: Opened) -> Iterator[Finding]:
+    """Whether PEFT understands the settings, and they are those of the stored weights: ranks and the layers named."""
+    tried = attempt(lambda: peft.PeftConfig.from_pretrained(str(opened.folder)))
+    if not opened.tried("adapter_config.json").error:
+        yield Finding("PEFT understands the settings", not tried.error, tried.error or str(tried.value.peft_type.value), "a known adapter",
+                      explanation="Nobody can load the adapter.", repair="Save the adapter again with PEFT.")
+    stored = attempt(lambda: read_header(opened.folder / ADAPTER)).value
+    if tried.error or not stored or not isinstance(tried.value, peft.LoraConfig):
+        return
+    config = tried.value
+    ranks = {place.shape[0] for name, place in stored.items() if "lora_A." in name or "lora_embedding_A" in name}
+    yield Finding("ranks are those of the weights", ranks <= {config.r, *config.rank_pattern.values()}, ranks,
+                  [config.r, *config.rank_pattern.values()], explanation="PEFT stops with a size mismatch.",
+                  repair="Take adapter_config.json that was saved with these weights: r also scales what the adapter adds.")
+    layers = {name.partition(".lora_")[0] for name in stored if ".lora_" in name}
+    lost = sorted(layer for layer in layers if not _targeted(layer, config))
+    yield Finding("every stored layer is named", not lost, lost or f"{len(layers)} layers", "target_modules covers them",
+                  explanation="PEFT leaves these layers out without an error: part of what was trained is lost.",
+                  repair="Write the names of the layers into target_modules in adapter_config.json.")
+
+
+def _targeted(layer: str, config: peft.LoraConfig) -> bool:
+    """Whether `target_modules` names a layer, as PEFT reads it: a regular expression for the path, or ends of it."""
+    targets, path = config.target_modules, layer.removeprefix("base_model.model.")
+    if targets is None or targets == "all-linear":
+        return True
+    if isinstance(targets, str):
+        return re.fullmatch(targets, path) is not None
+    return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
 def judge_adapter_weights(opened: Opened, values: bool = True) -> Iterator[Finding]:

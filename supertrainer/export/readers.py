@@ -5,22 +5,22 @@
 # %% ../../nbs/export/10d_readers.ipynb #65d65e0f
 from __future__ import annotations
 
+import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-from transformers import GenerationConfig
 from transformers.models.auto import modeling_auto
 
-from .contract import SAMPLING, SIDES, end_of_turn_id, spare_pad, stop_ids
+from .contract import SIDES, end_of_turn_id, spare_pad, stop_ids
 from .findings import Finding
+from .limits import AFTER_PADDING, judge_generation, judge_length
 from .opened import Opened, attempt
 from .settings import SETTINGS, Editable, parts_of
-from ..models.lengths import position_limit, rope_rules
 
 # %% auto #0
-__all__ = ['judge_reader', 'judge_side', 'judge_pad', 'judge_vocabulary', 'judge_template', 'judge_stops', 'judge_generation',
-           'longest_input', 'judge_length', 'judge_tokenizer']
+__all__ = ['READER_JUDGES', 'judge_reader', 'judge_side', 'judge_pad', 'judge_vocabulary', 'judge_template', 'judge_stops',
+           'judge_tokenizer']
 
 # %% ../../nbs/export/10d_readers.ipynb #0695e21a
 def judge_reader(opened: Opened) -> Iterator[Finding]:
@@ -104,10 +104,6 @@ def _set_pad_number(desk: Editable, opened: Opened, number: int) -> None:
         desk.edit("generation_config.json")["pad_token_id"] = number
 
 # %% ../../nbs/export/10d_readers.ipynb #2ee9dd6e
-_AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm", "longformer",
-                  "ibert", "mpnet", "esm", "luke", "xmod", "lilt", "layoutlmv3", "markuplm"}
-
-
 def _is_word(opened: Opened, token: str) -> bool:
     """Whether a token occurs in ordinary text."""
     model = opened.json("tokenizer.json").get("model") or {}
@@ -137,7 +133,7 @@ def _other_pad(opened: Opened) -> tuple[str, str]:
     kind = opened.config.model_type if opened.config is not None else ""
     if opened.family != "bert":
         return "risk", "Answers of a batch that end early are filled up with another token, which is then read as text."
-    if kind in _AFTER_PADDING:
+    if kind in AFTER_PADDING:
         return "wrong", "This model counts positions by the pad token of its configuration: every position is wrong."
     if kind in modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES:
         return "note", "A later training of the embedding spares another row than the one of the pad token."
@@ -215,13 +211,23 @@ def judge_vocabulary(opened: Opened) -> Iterator[Finding]:
                   f"--fix takes them out of the tokenizer{f', and pads with {pad}' if used else ''}" if mends else
                   "Take the tokenizer that belongs to these weights, or resize the embeddings and train them.",
                   mend=mend if mends else None)
-    named = {f"{place} {key}": number for place, values in (("config.json", opened.json("config.json")),
+    named = {f"{place} {key} {number}": number for place, values in (("config.json", opened.json("config.json")),
                                                             ("generation_config.json", opened.json("generation_config.json")))
              for key in ("bos_token_id", "eos_token_id") for number in _numbers(values.get(key))}
-    lost = [f"{place}: {number}" for place, number in named.items() if not 0 <= number < rows]
+    lost = [name for name, number in named.items() if not 0 <= number < rows]
+    own = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
+
+    def rewrite(desk: Editable) -> None:
+        for place in {name.split()[0] for name, number in named.items() if not 0 <= number < rows}:
+            values = desk.edit(place)
+            for key in own:
+                if any(not 0 <= number < rows for number in _numbers(values.get(key))):
+                    values[key] = own[key]
+
     if lost:
         yield Finding("settings name tokens that exist", False, lost, f"below {rows}", "risk",
-                      "Generation begins or ends with a token that the model does not have.", "Write the tokenizer's numbers there.")
+                      "Generation begins or ends with a token that the model does not have.", "--fix writes the tokenizer's numbers",
+                      mend=rewrite)
 
 
 def _numbers(value: Any) -> list[int]:
@@ -266,13 +272,13 @@ def judge_template(opened: Opened) -> Iterator[Finding]:
 # %% ../../nbs/export/10d_readers.ipynb #b9e047cf
 def judge_stops(opened: Opened) -> Iterator[Finding]:
     """Whether generation stops where the template ends a turn, and at no ordinary word."""
-    if opened.family not in ("llm", "mllm"):
+    if opened.family not in ("llm", "mllm") or "config.json" not in opened.names:  # beside an adapter, the base's settings count
         return
     reader, tokenizer = opened.reader_tried.value or opened.tokenizer, opened.tokenizer
     needed = attempt(lambda: stop_ids(reader)).value or _numbers(tokenizer.eos_token_id)
     generation = opened.json("generation_config.json")
     present = _numbers(generation.get("eos_token_id"))
-    if not present:
+    if not generation:  # a file that is there counts alone: what it leaves out is not taken from config.json
         present = _numbers(getattr(opened.text, "eos_token_id", None)) or _numbers(getattr(opened.config, "eos_token_id", None))
     words = [number for number in present if number not in needed and number < len(tokenizer)
              and _is_word(opened, tokenizer.convert_ids_to_tokens(number) or "")]
@@ -296,80 +302,28 @@ def judge_stops(opened: Opened) -> Iterator[Finding]:
                   if missing else "Answers end in the middle, at an ordinary word.",
                   "--fix writes them into generation_config.json", mend=mend)
 
-# %% ../../nbs/export/10d_readers.ipynb #d3377831
-def judge_generation(opened: Opened) -> Iterator[Finding]:
-    """Whether the generation settings are accepted by transformers and cut no answers."""
-    values = opened.json("generation_config.json")
-    if not values:
-        return
-    tried = attempt(lambda: GenerationConfig(**values).validate(strict=True))
-    kept = {key: value for key, value in values.items() if key not in SAMPLING}
-    helps = bool(tried.error) and not values.get("do_sample") and not attempt(lambda: GenerationConfig(**kept).validate(strict=True)).error
-
-    def mend(desk: Editable) -> None:
-        for key in SAMPLING:
-            desk.edit("generation_config.json").pop(key, None)
-
-    unused = [f"{key}={values[key]}" for key in SAMPLING if values.get(key) is not None]
-    yield Finding("generation settings are valid", not tried.error, [f"do_sample is off and {', '.join(unused)}"] if helps else tried.error or "yes",
-                  "settings that have an effect", "risk",
-                  "The model answers greedily whatever these say, and whoever loads and saves it again gets an error.",
-                  "--fix takes out what has no effect; set do_sample to true if you want sampling" if helps else
-                  "Correct generation_config.json.", mend=mend if helps else None)
-    length = values.get("max_length")
-    if opened.family in ("llm", "mllm"):
-        limit = attempt(lambda: position_limit(opened.config)).value or 512
-        yield Finding("answers are not cut short", not isinstance(length, int) or length >= min(limit, 512),
-                      f"max_length={length}" if length else "none", "no max_length", "risk",
-                      "Prompt and answer together may have so many tokens: long prompts get an error or no answer.",
-                      "--fix takes max_length out", mend=lambda desk: desk.edit("generation_config.json").pop("max_length", None))
-
-# %% ../../nbs/export/10d_readers.ipynb #2e937995
-def longest_input(opened: Opened) -> int | None:
-    """Tokens that the model serves, None if nothing limits it."""
-    if opened.config is None or (limit := position_limit(opened.config)) is None:
-        return None
-    if opened.config.model_type in _AFTER_PADDING:
-        return limit - (opened.config.pad_token_id or 0) - 1
-    stretched = [rule.get("factor", 1) * rule["original_max_position_embeddings"] for rule in rope_rules(opened.config).values()
-                 if rule.get("rope_type") == "yarn" and rule.get("original_max_position_embeddings")]
-    return int(max([limit, *stretched]))
-
-
-def judge_length(opened: Opened) -> Iterator[Finding]:
-    """Whether the tokenizer's longest input fits the model, and whether it cuts texts by itself."""
-    limit, length = attempt(lambda: longest_input(opened)).value, opened.tokenizer.model_max_length
-    if limit:
-        absolute = not attempt(lambda: rope_rules(opened.config)).value
-        open_ended = length > 10**9
-
-        def mend(desk: Editable) -> None:
-            desk.edit("tokenizer_config.json")["model_max_length"] = limit
-
-        yield Finding("the longest input fits the model", 0 < length <= limit, "no limit" if open_ended else length, limit,
-                      "note" if open_ended and opened.family != "bert" else "wrong" if absolute and not open_ended else "risk",
-                      "Longer texts are let through: " + ("the model stops with an index error." if absolute else
-                                                          "the model was not made for them, and answers get worse without a word."),
-                      f"--fix writes model_max_length={limit}", mend=mend)
-    left = [name for name in ("truncation", "padding") if opened.json("tokenizer.json").get(name)]
-    yield Finding("the tokenizer cuts and pads only when asked", not left, [f"tokenizer.json: {name}" for name in left], "none",
-                  "note" if opened.family == "bert" else "risk",
-                  "Programs that read tokenizer.json itself (servers, ONNX pipelines) cut every text at the training length.",
-                  "" if opened.family == "bert" else "--fix takes it out",
-                  mend=None if opened.family == "bert" else lambda desk: desk.edit("tokenizer.json").update(dict.fromkeys(left)))
-
 # %% ../../nbs/export/10d_readers.ipynb #a68412f3
+def _end_of(opened: Opened) -> int | None:
+    """The token that ends a turn, None where nothing is generated or the template has no such token."""
+    reader = opened.reader_tried.value or opened.tokenizer
+    return attempt(lambda: end_of_turn_id(reader)).value if opened.family in ("llm", "mllm") else None
+
+
+def _with_tokenizer(judge: Callable[..., Iterator[Finding]]) -> Callable[[Opened], Iterator[Finding]]:
+    """The same judge, silent where there is no tokenizer to judge."""
+    @functools.wraps(judge)
+    def asked(opened: Opened) -> Iterator[Finding]:
+        if opened.tokenizer is not None:
+            yield from judge(opened, _end_of(opened)) if judge is judge_pad else judge(opened)
+
+    return asked
+
+
+READER_JUDGES = (judge_reader, judge_generation, *map(_with_tokenizer, (
+    judge_side, judge_pad, judge_vocabulary, judge_template, judge_stops, judge_length)))
+
+
 def judge_tokenizer(opened: Opened) -> Iterator[Finding]:
     """Every judgement of this chapter that applies."""
-    yield from judge_reader(opened)
-    yield from judge_generation(opened)
-    if opened.tokenizer is None:
-        return
-    reader = opened.reader_tried.value or opened.tokenizer
-    end = attempt(lambda: end_of_turn_id(reader)).value if opened.family in ("llm", "mllm") else None
-    yield from judge_side(opened)
-    yield from judge_pad(opened, end)
-    yield from judge_vocabulary(opened)
-    yield from judge_template(opened)
-    yield from judge_stops(opened)
-    yield from judge_length(opened)
+    for judge in READER_JUDGES:
+        yield from judge(opened)

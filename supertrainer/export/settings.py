@@ -15,6 +15,7 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from .contract import LEFTOVERS
 from .findings import Finding
 from .opened import Opened
+from .silent import fitting_class
 
 # %% auto #0
 __all__ = ['SETTINGS', 'Editable', 'judge_files', 'judge_architecture', 'parts_of', 'judge_leftovers', 'judge_quantisation',
@@ -31,18 +32,30 @@ SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json", "t
             "processor_config.json", "preprocessor_config.json", "adapter_config.json")
 
 
+_KINDS: dict[str, dict[str, type | tuple[type, ...]]] = {
+    "config.json": {"architectures": list, "model_type": str, "id2label": dict, "label2id": dict, "vocab_size": int},
+    "tokenizer_config.json": {"model_max_length": (int, float), "padding_side": str, "pad_token": (str, dict), "eos_token": (str, dict)},
+}
+
+
 def judge_files(opened: Opened) -> Iterator[Finding]:
-    """Whether the settings files are JSON."""
+    """Whether the settings files are JSON, and their values of the kind that transformers expects."""
     broken = [opened.tried(name).error for name in SETTINGS if opened.tried(name).error]
     yield Finding("settings files can be read", not broken, broken, "valid JSON",
                   explanation="Nobody can load the model: transformers stops at the file.",
                   repair="Take the file from the original model, or save the model again.")
+    strange = [f"{name}: {key}={value!r}" for name, kinds in _KINDS.items() for key, kind in kinds.items()
+               if (value := opened.json(name).get(key)) is not None and (not isinstance(value, kind) or isinstance(value, bool))]
+    if strange:
+        yield Finding("settings have values of the right kind", False, strange, "as transformers writes them",
+                      explanation="Whoever loads or runs the model gets an error that names no cause.", repair="Correct them in the file.")
 
 
 def judge_architecture(opened: Opened) -> Iterator[Finding]:
     """Whether transformers knows the architecture by itself."""
     values = opened.json("config.json")
-    named, model_type = values.get("architectures") or [], values.get("model_type")
+    named, model_type = values.get("architectures") or [], str(values.get("model_type"))
+    named = named if isinstance(named, list) else [named]
     code = sorted(name for name in SETTINGS if opened.json(name).get("auto_map"))
     native = model_type in CONFIG_MAPPING_NAMES
 
@@ -60,11 +73,14 @@ def judge_architecture(opened: Opened) -> Iterator[Finding]:
                       explanation="Nobody can load the model.", repair="Take config.json from the original model.")
     elif opened.config is not None:
         known = [name for name in named if hasattr(transformers, str(name))]
+        right = None if known else fitting_class(opened)
         yield Finding("transformers understands the configuration", True, model_type)
         if not native or not known:
             yield Finding("the model's class is named", bool(known), named, "a class of transformers", "wrong" if named else "risk",
                           "Servers and pipelines pick the class by this name; without it a head may be left untrained.",
-                          "Write the name of the class into \"architectures\" in config.json.")
+                          f"--fix writes {right}, which these weights fit" if right else
+                          "Write the name of the class into \"architectures\" in config.json.",
+                          mend=(lambda desk: desk.edit("config.json").update(architectures=[right])) if right else None)
 
 # %% ../../nbs/export/10c_settings.ipynb #9013886a
 def parts_of(values: dict) -> Iterator[tuple[str, dict]]:

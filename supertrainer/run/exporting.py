@@ -47,16 +47,13 @@ def check_export(cfg: StrictDict) -> None:
     wanted = cfg.export
     for method in wanted.gguf:
         resolve_method(method)
-    problems = []
     if (wanted.gguf or wanted.push.repo_id) and not wanted.save:
-        problems.append("export.save=false leaves nothing to convert or to push; set export.save=true.")
-    if wanted.push.repo_id and wanted.push.license is None and inherited_licence(base_of(cfg.model.name), network=True) is None:
-        problems.append(f"export.push.license: the base {cfg.model.name} states no licence that could be inherited. Say under "
-                        "which one this model is shared, e.g. export.push.license=apache-2.0.")
-    if problems:
-        raise UserError(*problems)
+        raise UserError("export.save=false leaves nothing to convert or to push; set export.save=true.")
     if wanted.push.repo_id:
         _check_target(wanted.push)
+        if wanted.push.license is None and inherited_licence(base_of(cfg.model.name), network=True) is None:
+            raise UserError(f"export.push.license: the base {cfg.model.name} states no licence that could be inherited. Say "
+                            "under which one this model is shared, e.g. export.push.license=apache-2.0.")
 
 
 def _check_target(push: StrictDict) -> None:

@@ -15,7 +15,7 @@ from gguf import GGMLQuantizationType as Kind
 from torch import Tensor
 
 from .k_quants import K_QUANTS
-from .plain_blocks import PLAIN, as_columns, as_rows
+from .plain_blocks import PLAIN, as_rows
 from .weighted_blocks import WEIGHTED
 from ...runtime import UserError
 
@@ -91,12 +91,12 @@ def _chunks(rows: int, columns: int, experts: int, device: torch.device) -> Iter
 def _blocks_of(chunk: Tensor, kind: Kind, weight: Tensor | None) -> Tensor:
     """Return float32 rows [rows, n] as uint8 [rows, bytes]; weight: [n] or None."""
     if kind in K_QUANTS:
-        columns = K_QUANTS[kind](chunk, weight)
+        done = as_rows(K_QUANTS[kind](chunk, weight))
     elif weight is not None and kind in WEIGHTED:
-        columns = WEIGHTED[kind](chunk, weight)
+        done = WEIGHTED[kind](chunk, weight)
     else:
-        columns = PLAIN[kind](as_columns(chunk, 32))
-    return as_rows(columns).view(chunk.shape[0], -1)
+        done = PLAIN[kind](chunk.reshape(-1, 32))
+    return done.view(chunk.shape[0], -1)
 
 
 def _check_request(tensor: Tensor, kind: Kind, name: str) -> None:

@@ -71,7 +71,7 @@ def q2_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return float32 [rows, n] as Q2_K, uint8 [84, super-blocks]: scales and offsets, 2-bit numbers, two float16."""
     steps, share_steps = [-0.7, -0.5, -0.3, -0.1, 0.1, 0.3, 0.5, 0.7, 0.9, 1.1], [-2, -1.5, -1, -0.5, 0, 0.5, 1, 1.5, 2]
     scale, offset, scales, offsets, numbers = _with_offset(rows, weight, 16, 3, steps, 15, share_steps)
-    return torch.cat([pack_nibbles(scales, offsets), pack_pairs(in_order(numbers)), half_bytes(scale), half_bytes(offset)])
+    return torch.cat([pack_nibbles(scales, offsets), pack_pairs(in_order(numbers)), half_bytes(scale).t(), half_bytes(offset).t()])
 
 # %% ../../../nbs/export/gguf/02_k_quants.ipynb #ef69a893
 def pack_sixes(scales: Tensor, offsets: Tensor) -> Tensor:
@@ -92,7 +92,7 @@ LINE_STEPS, SHARE_STEPS = [-2, -1.7, -1.4, -1.1, -0.8, -0.5, -0.2, 0.1, 0.4], [-
 def q4_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     """Return float32 [rows, n] as Q4_K, uint8 [144, super-blocks]: two float16, scales and offsets, 4-bit numbers."""
     scale, offset, scales, offsets, numbers = _with_offset(rows, weight, 32, 15, LINE_STEPS, 63, SHARE_STEPS)
-    return torch.cat([half_bytes(scale), half_bytes(offset), pack_sixes(scales, offsets), _halves(in_order(numbers), 32)])
+    return torch.cat([half_bytes(scale).t(), half_bytes(offset).t(), pack_sixes(scales, offsets), _halves(in_order(numbers), 32)])
 
 # %% ../../../nbs/export/gguf/02_k_quants.ipynb #6d222955
 def q5_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -100,7 +100,7 @@ def q5_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     scale, offset, scales, offsets, numbers = _with_offset(rows, weight, 32, 31, LINE_STEPS, 63, SHARE_STEPS)
     numbers = in_order(numbers)
     fifth = pack_bits((numbers >> 4).view(8, 32, -1)).view(32, -1)
-    return torch.cat([half_bytes(scale), half_bytes(offset), pack_sixes(scales, offsets), fifth, _halves(numbers & 15, 32)])
+    return torch.cat([half_bytes(scale).t(), half_bytes(offset).t(), pack_sixes(scales, offsets), fifth, _halves(numbers & 15, 32)])
 
 # %% ../../../nbs/export/gguf/02_k_quants.ipynb #47c0dea7
 def _without_offset(rows: Tensor, weight: Tensor | None, low: int, steps: list[float], share_low: int,
@@ -129,7 +129,7 @@ def q3_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     high = (scales >> 4).view(4, 4, -1)
     high = high[0] | (high[1] << 2) | (high[2] << 4) | (high[3] << 6)
     low = pack_nibbles(scales[:8] & 15, scales[8:] & 15)
-    return torch.cat([third, pack_pairs(numbers & 3), low, high, half_bytes(scale)])
+    return torch.cat([third, pack_pairs(numbers & 3), low, high, half_bytes(scale).t()])
 
 # %% ../../../nbs/export/gguf/02_k_quants.ipynb #7088b291
 def q6_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
@@ -137,7 +137,7 @@ def q6_k(rows: Tensor, weight: Tensor | None = None) -> Tensor:
     steps = [-1.5, -1.2, -0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9]
     scale, scales, numbers = _without_offset(rows, weight, -32, steps, -128, [-6, -3, 0, 3, 6])
     numbers = in_order((numbers + 32).view(torch.uint8))
-    return torch.cat([_halves(numbers & 15, 64), pack_pairs(numbers >> 4), scales.view(torch.uint8), half_bytes(scale)])
+    return torch.cat([_halves(numbers & 15, 64), pack_pairs(numbers >> 4), scales.view(torch.uint8), half_bytes(scale).t()])
 
 
 K_QUANTS: dict[Kind, Callable[[Tensor, Tensor | None], Tensor]] = {

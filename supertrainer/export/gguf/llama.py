@@ -19,6 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -163,7 +164,6 @@ class Llama:
         options: see `Settings`.
     Attributes:
         vocabulary: number of tokens.
-        ends: the tokens at which llama.cpp ends an answer.
     Raises:
         UserError: `xllamacpp` is not installed, or llama.cpp cannot load the file.
     """
@@ -183,7 +183,16 @@ class Llama:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise UserError(f"llama.cpp cannot load {path}. supertrainer.export.gguf.llama.load_failure tells why.") from None
         self.vocabulary = int(self.ask("/v1/models")["data"][0]["meta"]["n_vocab"])
-        self.ends = frozenset() if self.settings.embeds else _ends(self)
+
+    @cached_property
+    def ends(self) -> frozenset[int]:
+        """The tokens at which llama.cpp ends an answer."""
+        return _ends(self)
+
+    @cached_property
+    def letter(self) -> int:
+        """A token that is plain text."""
+        return self.tokenize("a")[-1]
 
     def ask(self, path: str, body: Mapping[str, Any] | None = None) -> Any:
         """Return the answer to a request of llama.cpp's server protocol."""
@@ -229,7 +238,7 @@ class Llama:
         """Return what the model most likely goes on to say, token by token; see `complete`."""
         return complete(self, given, max_tokens, images)
 
-# %% ../../../nbs/export/gguf/20_llama.ipynb #577a36d7
+# %% ../../../nbs/export/gguf/20_llama.ipynb #808868ee
 _GREEDY = {"temperature": 0, "top_k": 1, "repeat_penalty": 1.0, "return_tokens": True, "cache_prompt": True}
 
 
@@ -261,26 +270,27 @@ def next_log_probabilities(llama: Llama, tokens: Sequence[int] | str, images: Se
     Raises:
         UserError: llama.cpp refuses the prompt, such as one that is longer than the context.
     """
-    # The server keeps the figures back when the token it draws ends the answer or is a fragment of a character; a bias makes
-    # it draw a letter, and the figures are those from before the bias.
-    letter = llama.tokenize("a")[-1]
-    wanted = {"prompt": _prompt(llama, tokens, images), "n_predict": 1, "n_probs": llama.vocabulary, "logit_bias": [[letter, 1e9]]}
+    wanted = {"prompt": _prompt(llama, tokens, images), "n_predict": 1, "n_probs": llama.vocabulary,
+              "logit_bias": [[llama.letter, 1e9]]}  # half a character would not be answered at all
     found = llama.ask("/completion", _GREEDY | wanted)["completion_probabilities"][0]["top_logprobs"]
     values = np.full(llama.vocabulary, LOWEST)
     values[[entry["id"] for entry in found]] = [max(entry["logprob"], LOWEST) for entry in found]
     return values
 
-
-# No grammar can ask for a token that ends a text, so a row is said in runs up to the next such token, and that one is made
-# certain by a bias, which comes after the log-probabilities too.
-
-# %% ../../../nbs/export/gguf/20_llama.ipynb #dde46b4d
-_RUN = 256  # tokens in one grammar
+# %% ../../../nbs/export/gguf/20_llama.ipynb #9a9f4f49
+_RUN = 32  # tokens in one grammar
 
 
-def _run_length(tokens: Sequence[int], ends: frozenset[int]) -> int:
-    """Return how many of `tokens` can be asked for at once."""
-    return next((place for place, token in enumerate(tokens[:_RUN]) if token in ends), min(len(tokens), _RUN))
+def _forced(llama: Llama, before: Sequence[int], run: Sequence[int], how: Mapping[str, Any]) -> list[float]:
+    """Return the log-probabilities of `run` after `before`, where `how` leaves no other choice; none if it is not answered."""
+    request = _GREEDY | {"prompt": list(before), "n_predict": len(run), "n_probs": 1} | how
+    try:
+        said = llama.ask("/completion", request).get("completion_probabilities", [])
+    except UserError as error:
+        if "grammar" not in str(error):
+            raise
+        return []
+    return [max(entry["logprob"], LOWEST) for entry in said] if [entry["id"] for entry in said] == list(run) else []
 
 
 def token_log_probabilities(llama: Llama, tokens: Sequence[int], first: int = 1) -> np.ndarray:
@@ -293,17 +303,17 @@ def token_log_probabilities(llama: Llama, tokens: Sequence[int], first: int = 1)
     Raises:
         UserError: llama.cpp refuses the row, such as one that is longer than the context.
     """
-    tokens, values, place = [int(token) for token in tokens], [], first
-    while place < len(tokens):
-        length = _run_length(tokens[place:], llama.ends)
-        run = tokens[place : place + max(length, 1)]
-        how = {"grammar": "root ::= " + " ".join(f"<[{token}]>" for token in run)} if length else {"logit_bias": [[run[0], 1e9]]}
-        request = _GREEDY | {"prompt": tokens[:place], "n_predict": len(run), "n_probs": 1} | how
-        said = llama.ask("/completion", request)["completion_probabilities"]
-        if [entry["id"] for entry in said] != run:
-            raise RuntimeError(f"llama.cpp was to say {run} and said {[entry['id'] for entry in said]}")
-        values += [max(entry["logprob"], LOWEST) for entry in said]
-        place += len(run)
+    tokens, values = [int(token) for token in tokens], []
+    for place in range(first, len(tokens), _RUN):
+        run = tokens[place : place + _RUN]
+        found = []
+        if not llama.ends.intersection(run):
+            found = _forced(llama, tokens[:place], run, {"grammar": "root ::= " + " ".join(f"<[{token}]>" for token in run)})
+        for step, token in enumerate(run[len(found):]):
+            before = tokens[: place + step]
+            one = _forced(llama, before, [token], {"logit_bias": [[token, 1e9]]})
+            found += one or [float(next_log_probabilities(llama, before)[token])]
+        values += found
     return np.array(values)
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #b660bd98

@@ -30,7 +30,7 @@ def _symmetric(rows: Tensor, weight: Tensor, middle: int, steps: Sequence[float]
     factors = [1 - step / middle for step in steps]
     scale = stored_scale(search_scale(x, as_columns(weight.expand_as(rows), 32), -middle, -middle, middle - 1, factors))
     numbers = x.mul_(inverse(scale)).round_().clamp_(-middle, middle - 1).add_(middle)
-    return scale[0], numbers.to(torch.uint8)
+    return scale[0], numbers.to(torch.uint8).t()
 
 
 def _with_least(rows: Tensor, weight: Tensor, top: int, steps: Sequence[float]) -> tuple[Tensor, Tensor, Tensor]:
@@ -38,7 +38,7 @@ def _with_least(rows: Tensor, weight: Tensor, top: int, steps: Sequence[float]) 
     scale, least = search_line(x, as_columns(weight.expand_as(rows), 32), top, steps, signed=True)
     scale, least = stored_scale(scale), as_stored(least)
     numbers = x.sub_(least).mul_(inverse(scale)).round_().clamp_(0, top)
-    return scale[0], least[0], numbers.to(torch.uint8)
+    return scale[0], least[0], numbers.to(torch.uint8).t()
 
 
 STEPS = [-1.2, -0.9, -0.6, -0.3, 0, 0.3, 0.6, 0.9, 1.2]
@@ -48,4 +48,4 @@ WEIGHTED: dict[Kind, Callable[[Tensor, Tensor], Tensor]] = {
     Kind.Q4_1: lambda rows, weight: pack_q4_1(*_with_least(rows, weight, 15, LINE_STEPS)),
     Kind.Q5_0: lambda rows, weight: pack_q5_0(*_symmetric(rows, weight, 16, STEPS)),
     Kind.Q5_1: lambda rows, weight: pack_q5_1(*_with_least(rows, weight, 31, LINE_STEPS)),
-}  # float32 [rows, n], importance [n] -> [bytes, blocks] uint8
+}  # float32 [rows, n], importance [n] -> uint8 [blocks, bytes]
