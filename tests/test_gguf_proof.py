@@ -8,7 +8,14 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer, BertConfig, BertModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from supertrainer.chat import CHATML_TEMPLATE
 from supertrainer.export.gguf.convert import convert
@@ -105,6 +112,22 @@ def test_an_encoder_is_compared_by_its_vectors(encoder):
     assert any("vectors" in name for name in failed(prove_gguf(path, encoder, "f16", texts=TEXTS)))
 
 
+@needs_llama
+def test_a_classifier_is_compared_by_its_scores(encoder):
+    torch.manual_seed(0)
+    model = BertForSequenceClassification.from_pretrained(encoder, num_labels=3)
+    model.classifier.weight.data.normal_()
+    model.save_pretrained(encoder)
+    path = convert(encoder, encoder.parent / "x.gguf", "f16", progress=False)
+    proof = prove_gguf(path, encoder, "f16", texts=TEXTS)
+    assert not failed(proof) and any("texts, 1 - cosine" in check.name for check in proof), "\n".join(map(str, proof))
+    held = load_file(encoder / "model.safetensors")
+    save_file(held | {"classifier.weight": held["classifier.weight"].flip(0).contiguous()}, encoder / "model.safetensors",
+              metadata={"format": "pt"})
+    found = failed(prove_gguf(path, encoder, "f16", texts=TEXTS))
+    assert any("texts, 1 - cosine" in name for name in found) and not any("tokens, 1 - cosine" in name for name in found), found
+
+
 def test_what_was_not_run_is_not_a_check_that_passed(decoder, monkeypatch):
     path = convert(decoder, decoder.parent / "x.gguf", "f16", progress=False)
     found = importlib.util.find_spec
@@ -142,7 +165,7 @@ def test_a_row_is_scored_as_its_prefixes_are(decoder, seed):
     path = convert(decoder, decoder.parent / "x.gguf", "f32", progress=False)
     tokenizer = AutoTokenizer.from_pretrained(decoder)
     row = torch.randint(3, len(tokenizer), (24,)).tolist()
-    row[10] = tokenizer.eos_token_id  # no grammar can ask for it
+    row[10], row[12] = tokenizer.eos_token_id, tokenizer.convert_tokens_to_ids("Ā")  # an end, a zero byte
     with Llama(path, context=64, threads=1) as llama:
         wanted = [llama.log_probabilities(row[:place])[row[place]] for place in range(1, len(row))]
         assert np.abs(llama.score(row) - wanted).max() < 1e-3, seed

@@ -91,12 +91,13 @@ def test_importance_is_worth_having(kind):
 def test_types_are_those_of_llama_cpp(shape):
     """Every tensor of every method: no exceptions."""
     model, kept = SHAPES[shape], json.loads(MIXES.read_text())["mixes"][shape]
+    tensors = model.tensors()
     assert kept.keys() == METHODS.keys()
     for method, theirs in kept.items():
-        types = choose_types(model.tensors(), method, architecture=model.architecture, layers=model.layers, heads=model.heads,
+        types = choose_types(tensors, method, architecture=model.architecture, layers=model.layers, heads=model.heads,
                              kv_heads=model.kv_heads, experts=model.experts, importance=model.importance)
         assert summary(types) == theirs, method
-        assert all(supports(kind, model.tensors()[name][-1]) for name, kind in types.items())
+        assert all(supports(kind, tensors[name][-1]) for name, kind in types.items())
 
 
 # ------------------------------------------------------------------------------------------------ plain types
@@ -225,7 +226,11 @@ def test_chunks_and_threads_change_nothing(kind, weighted, seed, monkeypatch):
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
+        monkeypatch.setattr(blocks, "CHUNK", 5000)
         np.testing.assert_array_equal(quantise(x, kind, importance), whole, err_msg=f"seed {seed}")
+        with pytest.raises(UserError, match="NaN"):
+            quantise(torch.full((64, 768), float("nan")), kind, importance)
+        assert torch.get_num_threads() == 2, "the number of threads is the caller's again"
     finally:
         torch.set_num_threads(threads)
 

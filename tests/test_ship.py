@@ -114,9 +114,14 @@ def test_a_secret_stops_a_push(hub, base, tmp_path):
     assert not hub.received
 
 
-def test_words_on_the_card_of_the_repository_are_kept(hub, base):
+def test_words_on_the_card_of_the_repository_are_kept(hub, base, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     model, _ = trained(base)
     model.save_to_hub("me/x", license="mit")
+    hub.fail("HEAD", "README.md", times=99, status=503)
+    with pytest.raises(UserError, match="did not say whether"):
+        model.save_to_hub("me/x", license="mit")
+    hub.faults.clear()
     text = hub.files("me/x")["README.md"] + b"\nA line by hand.\n"
     HfApi(endpoint=hub.url).upload_file(path_or_fileobj=text, path_in_repo="README.md", repo_id="me/x")
     model.save_to_hub("me/x", license="mit")

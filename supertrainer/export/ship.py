@@ -16,7 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.errors import (
+    LocalEntryNotFoundError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from ..check import Check, CheckFailed
 from .card import CardFacts, facts_of_folder, facts_of_run, write_card
@@ -173,8 +178,11 @@ def _remote_readme(repo_id: str, revision: str | None, token: str | None, desk: 
     """Lay the README that the repository has now, if it has one, into the staging folder: people may have written in it."""
     try:
         path = api(token).hf_hub_download(repo_id, "README.md", revision=revision)
-    except (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
+    except (RemoteEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError):
         return
+    except LocalEntryNotFoundError:  # no answer is not the same as no file: what people wrote there would be lost
+        raise UserError(f"{repo_id}: the Hub did not say whether a README.md is there, and one that people wrote in must not be "
+                        "lost. Push again in a while.") from None
     shutil.copy2(Path(path).resolve(), desk / "README.md")
 
 

@@ -6,7 +6,8 @@
 __all__ = ['FLOATS', 'KINDS', 'HALF', 'LARGEST', 'CHUNK', 'GPU_CHUNK', 'supports', 'bytes_per_row', 'quantise']
 
 # %% ../../../nbs/export/gguf/04_blocks.ipynb #4a3585c4
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -75,17 +76,33 @@ def _importance_rows(importance: Tensor | None, shape: torch.Size, device: torch
     return rows.clamp_min(1e-3)
 
 # %% ../../../nbs/export/gguf/04_blocks.ipynb #48fd598f
-CHUNK = 2**17  # weights per core and chunk: half a megabyte in float32, so that a search's arrays stay in the cache
+CHUNK = 2**17  # weights of a chunk: half a megabyte in float32, so that a search's arrays stay in the cache of a core
 GPU_CHUNK = 2**23
 
 
 def _chunks(rows: int, columns: int, experts: int, device: torch.device) -> Iterator[tuple[int, slice]]:
     """Give (expert, rows of the tensor) of each chunk."""
-    weights = GPU_CHUNK if device.type != "cpu" else CHUNK * torch.get_num_threads()
-    step, each = max(1, weights // columns), rows // experts
+    step, each = max(1, (CHUNK if device.type == "cpu" else GPU_CHUNK) // columns), rows // experts
     for expert in range(experts):
         for first in range(0, each, step):
             yield expert, slice(expert * each + first, expert * each + min(first + step, each))
+
+
+def _for_each(work: Callable[[tuple[int, slice]], None], chunks: list[tuple[int, slice]], device: torch.device) -> None:
+    """Call `work` on every chunk: on the CPU on as many threads as torch has, with one thread for each; then as before."""
+    before = torch.get_num_threads()
+    threads = min(before, len(chunks)) if device.type == "cpu" else 1
+    try:
+        if device.type == "cpu":
+            torch.set_num_threads(1)  # here, and what new threads start with
+        if threads == 1:
+            for chunk in chunks:
+                work(chunk)
+            return
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(torch.no_grad()(work), chunks))
+    finally:
+        torch.set_num_threads(before)
 
 # %% ../../../nbs/export/gguf/04_blocks.ipynb #f7ba8fa9
 def _blocks_of(chunk: Tensor, kind: Kind, weight: Tensor | None) -> Tensor:
@@ -130,17 +147,20 @@ def quantise(tensor: Tensor, kind: Kind, importance: Tensor | None = None, *, na
     shape, tensor = tensor.shape, tensor.detach()
     rows, n = tensor.reshape(-1, tensor.shape[-1]), tensor.shape[-1]
     weight = _importance_rows(importance, shape, tensor.device)
-    experts = 1 if weight is None else weight.shape[0]
-    result: np.ndarray | None = None
-    for expert, part in _chunks(rows.shape[0], n, experts, tensor.device):
-        chunk = rows[part].float()
-        _check_values(chunk, kind, name)
+    stored = np.dtype({Kind.F32: np.float32, Kind.F16: np.float16}.get(kind, np.uint8))
+    result = np.empty((rows.shape[0], bytes_per_row(kind, n) // stored.itemsize), stored)
+
+    def store(chunk: tuple[int, slice]) -> None:
+        expert, part = chunk
+        values = rows[part].float()
+        _check_values(values, kind, name)
         if kind in FLOATS:
-            done = chunk.to(FLOATS[kind]).contiguous()
-            done = (done.view(torch.uint8) if kind == Kind.BF16 else done).cpu().numpy()
+            done = values.to(FLOATS[kind]).contiguous()
+            done = done.view(torch.uint8) if kind == Kind.BF16 else done
         else:
-            done = _blocks_of(chunk, kind, None if weight is None else weight[expert]).cpu().numpy()
-        if result is None:
-            result = np.empty((rows.shape[0], done.shape[-1]), done.dtype)
-        result[part] = done
+            done = _blocks_of(values, kind, None if weight is None else weight[expert])
+        result[part] = done.cpu().numpy()
+
+    experts = 1 if weight is None else weight.shape[0]
+    _for_each(store, list(_chunks(rows.shape[0], n, experts, tensor.device)), tensor.device)
     return result.reshape(*shape[:-1], -1)

@@ -231,8 +231,15 @@ class Llama:
         return token_log_probabilities(self, tokens, first)
 
     def embed(self, given: Sequence[int] | str) -> np.ndarray:
-        """Return a text's vector, [1, width] float64, not normalised; [tokens, width] where nothing is pooled."""
-        return np.array(self.ask("/embeddings", {"input": given, "embd_normalize": -1})[0]["embedding"], dtype=np.float64)
+        """Return a text's vector, [width] float64, not normalised; [tokens, width] with `pooling="none"`.
+
+        Raises:
+            UserError: neither the file nor `pooling` says how the tokens' vectors become one.
+        """
+        found = np.array(self.ask("/embeddings", {"input": given, "embd_normalize": -1})[0]["embedding"], dtype=np.float64)
+        if self.settings.pooling != "none" and len(found) != 1:
+            raise UserError(f"{self.settings.path} does not say how token vectors become one. Choose with pooling=: none, mean, cls, last.")
+        return found if self.settings.pooling == "none" else found[0]
 
     def complete(self, given: Sequence[Any] | str, max_tokens: int = 64, images: Sequence[bytes] = ()) -> Completion:
         """Return what the model most likely goes on to say, token by token; see `complete`."""
@@ -278,21 +285,6 @@ def next_log_probabilities(llama: Llama, tokens: Sequence[int] | str, images: Se
     return values
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #9a9f4f49
-_RUN = 32  # tokens in one grammar
-
-
-def _forced(llama: Llama, before: Sequence[int], run: Sequence[int], how: Mapping[str, Any]) -> list[float]:
-    """Return the log-probabilities of `run` after `before`, where `how` leaves no other choice; none if it is not answered."""
-    request = _GREEDY | {"prompt": list(before), "n_predict": len(run), "n_probs": 1} | how
-    try:
-        said = llama.ask("/completion", request).get("completion_probabilities", [])
-    except UserError as error:
-        if "grammar" not in str(error):
-            raise
-        return []
-    return [max(entry["logprob"], LOWEST) for entry in said] if [entry["id"] for entry in said] == list(run) else []
-
-
 def token_log_probabilities(llama: Llama, tokens: Sequence[int], first: int = 1) -> np.ndarray:
     """Return the log-probability of each token of a row given those before it, [tokens - first] float64.
 
@@ -304,16 +296,12 @@ def token_log_probabilities(llama: Llama, tokens: Sequence[int], first: int = 1)
         UserError: llama.cpp refuses the row, such as one that is longer than the context.
     """
     tokens, values = [int(token) for token in tokens], []
-    for place in range(first, len(tokens), _RUN):
-        run = tokens[place : place + _RUN]
-        found = []
-        if not llama.ends.intersection(run):
-            found = _forced(llama, tokens[:place], run, {"grammar": "root ::= " + " ".join(f"<[{token}]>" for token in run)})
-        for step, token in enumerate(run[len(found):]):
-            before = tokens[: place + step]
-            one = _forced(llama, before, [token], {"logit_bias": [[token, 1e9]]})
-            found += one or [float(next_log_probabilities(llama, before)[token])]
-        values += found
+    for place in range(first, len(tokens)):
+        before, token = tokens[:place], tokens[place]
+        request = _GREEDY | {"prompt": before, "n_predict": 1, "n_probs": 1, "logit_bias": [[token, 1e9]]}
+        said = llama.ask("/completion", request).get("completion_probabilities", [])
+        found = [entry["logprob"] for entry in said if entry["id"] == token]
+        values.append(max(found[0], LOWEST) if found else next_log_probabilities(llama, before)[token])
     return np.array(values)
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #b660bd98

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 
 from .blocks import bytes_per_row, quantise
 from .fields import Field, put_fields
+from .importance import importance_of
 from .tensors import Planned
 from ...runtime import UserError, human_mb
 
@@ -70,17 +71,13 @@ def appears_whole(path: Path) -> Iterator[Path]:
         part.unlink(missing_ok=True)
 
 # %% ../../../nbs/export/gguf/17_writing.ipynb #62ca965d
-def _columns(importance: Mapping[str, Tensor] | None, planned: Planned) -> Tensor | None:
-    return next((importance[name] for name in planned.sources if name in importance), None) if importance else None
-
-
 def _write_tensors(writer: gguf.GGUFWriter, tensors: Sequence[Planned], types: Mapping[str, GGMLQuantizationType],
                    importance: Mapping[str, Tensor] | None, device: str, advance: Callable[[int], object]) -> None:
     for planned in tensors:
         tensor = planned.load()
         if tuple(tensor.shape) != planned.shape:
             raise ValueError(f"{planned.name}: loaded as {tuple(tensor.shape)}, planned was {planned.shape}")
-        blocks = quantise(tensor.to(device), types[planned.name], _columns(importance, planned),
+        blocks = quantise(tensor.to(device), types[planned.name], importance_of(importance, planned.sources, planned.shape),
                           name=", ".join(planned.sources) or planned.name)
         del tensor
         writer.write_tensor_data(blocks)
