@@ -26,6 +26,7 @@ from transformers import AutoTokenizer  # noqa: E402
 from supertrainer.export.gguf import proof  # noqa: E402
 from supertrainer.export.gguf.architectures import plan  # noqa: E402
 from supertrainer.export.gguf.convert import convert  # noqa: E402
+from supertrainer.export.gguf.limits import Distance, distance  # noqa: E402
 from supertrainer.export.gguf.llama import Llama  # noqa: E402
 from supertrainer.models.sources import model_folder  # noqa: E402
 from supertrainer.run.exporting import held_out_ids  # noqa: E402
@@ -53,10 +54,10 @@ def by_llama(python: str, source: Path, target: Path, method: str) -> float:
     return float(done.stdout.split()[-1])
 
 
-def judge(path: Path, rows: list[list[int]], wanted: list) -> tuple[proof.Distance, float]:
+def judge(path: Path, rows: list[list[int]], wanted: list) -> tuple[Distance, float]:
     """Ask a file: its distance from transformers' distributions, and its perplexity on the rows."""
     with Llama(path) as llama:
-        return proof.distance(wanted, proof.file_distributions(llama, rows)), math.exp(proof.file_loss(llama, rows))
+        return distance(wanted, proof.file_distributions(llama, rows)), math.exp(proof.file_loss(llama, rows))
 
 
 def main() -> None:

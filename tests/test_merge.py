@@ -162,6 +162,10 @@ def gap(a, b):
     return max((x - y).abs().max().item() for x, y in zip(a, b, strict=True))
 
 
+def largest(a):
+    return max(x.abs().max().item() for x in a)
+
+
 def write(model, base_folder, target, adapters=None, quantised=False):
     """The merged weights as a save writes them, without the fresh process; and the checks made while merging."""
     shell = make_shell(model)
@@ -197,9 +201,9 @@ def test_merged_is_base_and_adapter(tmp_path, family, kind, seed):
     loaded, report = type(base).from_pretrained(tmp_path / "merged", output_loading_info=True)
     assert not any(report[name] for name in ("missing_keys", "unexpected_keys", "mismatched_keys")), report
     peft_own = cut_ties(copy.deepcopy(model).float()).merge_and_unload()
-    reached = gap(answers(loaded, family), trained)
-    assert reached <= 1e-4, (seed, reached)
-    assert gap(answers(loaded, family), answers(peft_own, family)) <= 1e-4, seed
+    reached, limit = gap(answers(loaded, family), trained), 1e-4 * max(1.0, largest(trained))  # float32 rounds in proportion
+    assert reached <= limit, (seed, reached, limit)
+    assert gap(answers(loaded, family), answers(peft_own, family)) <= limit, seed
     assert gap(answers(base, family), trained) > 0.01, f"seed {seed}: the adapter does nothing, so this shows nothing"
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items()), "the trained model is untouched"
     if kind in ("lora", "rslora", "dora", "experts"):
