@@ -178,11 +178,18 @@ class Llama:
         try:
             self._server = xllamacpp.Server(_parameters(self.settings, xllamacpp, address, self._key))
             self._address = self._server.listening_address
-            self.ask("/health")  # a server that has answered once can be closed at any time
+            self._wake()
         except RuntimeError:
             shutil.rmtree(self._folder, ignore_errors=True)
             raise UserError(f"llama.cpp cannot load {path}. supertrainer.export.gguf.llama.load_failure tells why.") from None
         self.vocabulary = int(self.ask("/v1/models")["data"][0]["meta"]["n_vocab"])
+
+    def _wake(self) -> None:
+        """Let the server compute something: one that is closed before its work loop has begun waits for it for ever."""
+        if self.settings.embeds:
+            self.ask("/embeddings", {"input": [0]})
+        else:
+            self.ask("/completion", {"prompt": [0], "n_predict": 1})
 
     @cached_property
     def ends(self) -> frozenset[int]:
@@ -326,8 +333,8 @@ def complete(llama: Llama, given: Sequence[Any] | str, max_tokens: int = 64, ima
     return Completion(answer["content"], tuple(answer["tokens"]), answer["stop_type"] != "limit")
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #1e87ee06
-_TRIAL = ("import json, sys; from supertrainer.export.gguf.llama import Llama; "
-          "Llama(**json.loads(sys.argv[1])).close(); print('loaded')")
+_TRIAL = ("import json, os, sys; from supertrainer.export.gguf.llama import Llama; "
+          "tried = Llama(**json.loads(sys.argv[1])); print('loaded', flush=True); os._exit(0)")
 
 
 def load_failure(path: str | Path, projector: str | Path = "") -> str:
