@@ -8,6 +8,7 @@ __all__ = ['LOWEST', 'Settings', 'Completion', 'Llama', 'next_log_probabilities'
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #b49d3b77
 import base64
+import contextlib
 import http.client
 import json
 import os
@@ -186,10 +187,9 @@ class Llama:
 
     def _wake(self) -> None:
         """Let the server compute something: one that is closed before its work loop has begun waits for it for ever."""
-        if self.settings.embeds:
-            self.ask("/embeddings", {"input": [0]})
-        else:
-            self.ask("/completion", {"prompt": [0], "n_predict": 1})
+        path, body = ("/embeddings", {"input": [0]}) if self.settings.embeds else ("/completion", {"prompt": [0], "n_predict": 1})
+        with contextlib.suppress(UserError):  # an encoder refuses to complete: the loop has begun to say so
+            self.ask(path, body)
 
     @cached_property
     def ends(self) -> frozenset[int]:

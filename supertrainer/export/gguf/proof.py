@@ -11,7 +11,6 @@ __all__ = ['QUESTIONS', 'free_memory', 'reference_dtype', 'load_reference', 'pla
 import importlib.util
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
