@@ -227,6 +227,15 @@ def vary(values, draw):
         place[key] = draw.choice(VALUES)
 
 
+@pytest.mark.parametrize("key, value", [("num_hidden_layers", 10**30), ("num_hidden_layers", 5000), ("num_labels", 10**30)])
+def test_counts_without_end_are_said_before_anything_is_built(llm, key, value):
+    """Built, they fill the memory until the system kills the process, which took the whole suite's worker along once."""
+    edit(llm / "config.json", **{key: value})
+    found = failed(llm)["transformers understands the configuration"]
+    assert key in str(found)
+    assert not examine(llm, fix=True).passed
+
+
 def test_any_nonsense_gives_findings(sound, tmp_path, seed):
     """Never a traceback, nothing changed without fix, and what fix returns is what a second look finds."""
     draw = random.Random(seed)

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -24,7 +25,7 @@ from ..models.padding import get_tokenizer
 from ..runtime import UserError
 
 # %% auto #0
-__all__ = ['TOKENIZER_FILES', 'Tried', 'attempt', 'read_json', 'Fit', 'fit_of', 'Opened']
+__all__ = ['TOKENIZER_FILES', 'Tried', 'attempt', 'read_json', 'endless', 'Fit', 'fit_of', 'Opened']
 
 # %% ../../nbs/export/10b_opened.ipynb #e6539b4d
 @dataclass(frozen=True)
@@ -61,6 +62,27 @@ def read_json(path: Path) -> Tried:
         return values
 
     return attempt(read)
+
+# %% ../../nbs/export/10b_opened.ipynb #dcfb201f
+_COUNT = re.compile(r"(^|_)(layers?|blocks|experts|stages|depths?|labels)$|^n_layer")
+_MOST = {"labels": 10**6, "others": 4096}
+
+
+def endless(values: Any, name: str = "") -> str:
+    """Return which count in a `config.json`, at any depth, is past everything that exists; empty when none is.
+
+    More than 4,096 layers, blocks or experts (or a million labels) are no model, and building them takes all memory there is.
+    """
+    if isinstance(values, dict):
+        return next((said for key, value in values.items() if (said := endless(value, str(key)))), "")
+    if isinstance(values, list):
+        return next((said for value in values if (said := endless(value, name))), "")
+    found = _COUNT.search(name)
+    most = _MOST["labels" if found and found[2] == "labels" else "others"]
+    if found and isinstance(values, int) and values > most:
+        shown = f"{values:,}" if values < 10**12 else f"{values:.0e}"
+        return f"{name} is {shown}, and no model has more than {most:,}"
+    return ""
 
 # %% ../../nbs/export/10b_opened.ipynb #e98002cb
 @dataclass(frozen=True)
@@ -137,10 +159,19 @@ class Opened:
         """The configuration as transformers understands it."""
         return self.config_tried.value
 
+    def _from(self, auto: type) -> Tried:
+        """What one of transformers' automatic classes makes of the folder; each of them reads `config.json` first."""
+        def load() -> Any:
+            if said := endless(self.json("config.json")):
+                raise UserError(said)
+            return auto.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
+
+        return attempt(load)
+
     @cached_property
     def config_tried(self) -> Tried:
         """The configuration, or why transformers does not understand it."""
-        return attempt(lambda: AutoConfig.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
+        return self._from(AutoConfig)
 
     @property
     def text(self) -> PreTrainedConfig | None:
@@ -156,13 +187,13 @@ class Opened:
     def reader_tried(self) -> Tried:
         """The tokenizer, for a vision-language model its processor, or why it cannot be loaded."""
         auto = AutoProcessor if self.family == "mllm" else AutoTokenizer
-        return attempt(lambda: auto.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
+        return self._from(auto)
 
     @cached_property
     def tokenizer_tried(self) -> Tried:
         """The tokenizer alone; there also where the rest of a processor cannot be loaded."""
         if self.reader_tried.error and self.family == "mllm":
-            return attempt(lambda: AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False))
+            return self._from(AutoTokenizer)
         found = get_tokenizer(self.reader_tried.value)
         if found is not None and len(found) <= len(found.added_tokens_decoder):  # transformers makes one of what it has
             return Tried(None, "it has no vocabulary: tokenizer.json, or the file it was made from, is missing")
