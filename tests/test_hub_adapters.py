@@ -13,8 +13,8 @@ from peft import LoraConfig
 from supertrainer import FastBERT, FastLLM
 from supertrainer.check import CheckFailed
 from supertrainer.export import adapters
-from supertrainer.export.adapters import BASE_FILE, check_base, pull_adapter, push_adapter, record_base, wanted_base
-from supertrainer.export.fingerprint import Fingerprint, fingerprint
+from supertrainer.export.adapters import check_base, pull_adapter, push_adapter, wanted_base
+from supertrainer.export.fingerprint import BASE_FILE, Fingerprint, fingerprint, record_base
 from supertrainer.runtime import UserError
 
 WRITTEN = {".gitattributes", "README.md", BASE_FILE, "adapter_config.json", "adapter_model.safetensors", "tokenizer.json",

@@ -142,9 +142,37 @@ def test_unsloths_names_do_the_same(hub, base, tmp_path, in_tmp):
     for call, said in ((lambda: model.push_to_hub_merged("me/x", save_method="gguf"), "merged_16bit"),
                        (lambda: model.push_to_hub_gguf("me/x", tokenizr=1), "tokenizr"),
                        (lambda: model.save_pretrained_gguf("x", safe_serialization=False), "safe_serialization"),
-                       (lambda: model.save_gguf("x.gguf", ["q8_0", "f16"]), "Give a folder")):
+                       (lambda: model.save_gguf("x.gguf", ["q8_0", "f16"]), "Give a folder"),
+                       (lambda: model.save_gguf("x", merge_bse="original"), "Did you mean 'merge_base'"),
+                       (lambda: model.save_to_hub("me/x", licence="mit"), "Did you mean 'license'"),
+                       (lambda: model.push_adapter("me/x", base_modl="me/base"), "Did you mean 'base_model'"),
+                       (lambda: model.push_to_hub_merged("me/x", maximum_memory_usage=7), "maximum_memory_usage=7"),
+                       (lambda: model.push_to_hub_merged("me/x", save_method="merged_4bit", gguf=["q8_0"]), "16-bit weights")):
         with pytest.raises(UserError, match=said):
             call()
+    with pytest.raises(UserError, match="token=") as refused:
+        model.save_pretrained_gguf("x", token="hf_secret")
+    assert "hf_secret" not in str(refused.value)
+
+
+def test_a_name_without_an_owner_is_the_accounts_own(hub, base):
+    """The README that people wrote is looked for where the push goes, not at a repository of the bare name."""
+    model, _ = trained(base)
+    model.save_to_hub("bare", license="mit")
+    text = hub.files("me/bare")["README.md"] + b"\nA line by hand.\n"
+    HfApi(endpoint=hub.url).upload_file(path_or_fileobj=text, path_in_repo="README.md", repo_id="me/bare")
+    ship.push(base, "bare", license="mit")
+    card = hub.files("me/bare")["README.md"].decode()
+    assert "A line by hand." in card and '"me/bare"' in card and '"bare"' not in card
+    model.push_adapter("alone", license="mit", base_model="me/base")
+    assert '"me/alone"' in hub.files("me/alone")["README.md"].decode()
+
+
+def test_importance_is_gathered_from_words(base, in_tmp):
+    model, tokenizer = trained(base)
+    plain, = model.save_gguf("plain.gguf", "q2_k", prove=False)
+    weighted, = model.save_gguf("weighted.gguf", "q2_k", prove=False, importance=[TEXTS[0], [{"role": "user", "content": TEXTS[1]}]])
+    assert plain.stat().st_size == weighted.stat().st_size and plain.read_bytes() != weighted.read_bytes()
 
 
 def test_an_adapter_alone_knows_its_base(hub, base, tmp_path):

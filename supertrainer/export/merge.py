@@ -30,19 +30,21 @@ from supertrainer.export.deltas import (
     mixed,
     save_adapter,
 )
+from .fingerprint import record_base
 from .folder import appear_whole, require_space
 from .reload import logits_of
 from .rounding import Compared, RoundedBase
 from .weights import split_into_shards
 from .writing import four_bit_config, quantise_folder, write_folder
 from ..models import base as models_base
+from ..models.info import task_of
 from ..patching import plain_model
 from ..runtime import UserError, did_you_mean, get_logger
 
 # %% auto #0
-__all__ = ['STATED', 'FOUR_BIT', 'MERGE_BASES', 'SAVE_METHODS', 'is_quantised', 'weight_dtype', 'no_repacking', 'trained_logits',
-           'Job', 'check_merge_base', 'save_model', 'save_pretrained_merged', 'adapter_checks', 'base_checks',
-           'save_lora']
+__all__ = ['STATED', 'FOUR_BIT', 'MERGE_BASES', 'SAVE_METHODS', 'NEUTRAL', 'is_quantised', 'weight_dtype', 'no_repacking',
+           'trained_logits', 'Job', 'check_merge_base', 'save_model', 'labels_of', 'refuse_others',
+           'save_pretrained_merged', 'adapter_checks', 'base_checks', 'save_lora']
 
 # %% ../../nbs/export/04_merge.ipynb #1ca6b0ca
 def is_quantised(model: torch.nn.Module) -> bool:
@@ -258,7 +260,36 @@ def _save_into(job: Job, tokenizer: Any, labels: Sequence[str] | None, shell: Pr
 SAVE_METHODS = ("merged_16bit", "merged_4bit", "lora")
 _ALIASES = {"merged_4bit_forced": "merged_4bit"}
 _ARGUMENTS = ("save_method", "max_shard_size", "merge_base", "adapters")
-_NEUTRAL = {"push_to_hub": (False, None), "safe_serialization": (True, None), "is_main_process": (True,), "token": (None,)}
+NEUTRAL = {"push_to_hub": (False, None), "safe_serialization": (True, None), "is_main_process": (True,), "token": (None,),
+           "state_dict": (None,), "save_function": (None,), "variant": (None,), "save_peft_format": (True,),
+           "temporary_location": ("_unsloth_temporary_saved_buffers", None),
+           "maximum_memory_usage": (0.7, 0.75, 0.8, 0.85, 0.9, 0.95, None)}  # a merge holds a few tensors, whatever is allowed
+
+
+def labels_of(model: torch.nn.Module) -> list[str] | None:
+    """Names of an encoder's classes in the order of its outputs; None for a model without classes."""
+    if models_base.info(model).family != "bert" or task_of(model) not in ("classification", "multi_label", "token_tags"):
+        return None
+    return [label for _, label in sorted(plain_model(model).config.id2label.items())]
+
+
+def refuse_others(function: str, others: Mapping[str, Any], neutral: Mapping[str, tuple], known: Sequence[str]) -> None:
+    """Refuse what a caller asked for beyond a function's own arguments.
+
+    Args:
+        function: its name, for the message.
+        others: what was given.
+        neutral: arguments of other libraries, and the values with which they ask for what is done anyway.
+        known: the function's own arguments, for the nearest name.
+
+    Raises:
+        UserError: names the argument; a token is never shown.
+    """
+    for name, value in others.items():
+        if value not in neutral.get(name, ()):
+            shown = "..." if name == "token" else repr(value)
+            raise UserError(f"{function} cannot honour {name}={shown}."
+                            + ("" if name in neutral else did_you_mean(name, (*neutral, *known))))  # fmt: skip
 
 
 def save_pretrained_merged(
@@ -290,24 +321,20 @@ def save_pretrained_merged(
     Raises:
         UserError: a save method or argument that is not supported.
     """
-    for name, value in kwargs.items():
-        if value not in _NEUTRAL.get(name, ()):
-            shown = "..." if name == "token" else repr(value)  # tokens are written nowhere
-            raise UserError(f"save_pretrained_merged cannot honour {name}={shown}."
-                            + ("" if name in _NEUTRAL else did_you_mean(name, (*_NEUTRAL, *_ARGUMENTS))))  # fmt: skip
+    refuse_others("save_pretrained_merged", kwargs, NEUTRAL, _ARGUMENTS)
     save_method = _ALIASES.get(save_method, save_method)
     if save_method not in SAVE_METHODS:
         raise UserError(f"save_method={save_method!r} is not supported; there are {', '.join(SAVE_METHODS)}."
                         + did_you_mean(save_method, SAVE_METHODS))  # fmt: skip
     found = models_base.info(model)
-    labels = [label for _, label in sorted(plain_model(model).config.id2label.items())] if found.family == "bert" else None
     if save_method == "lora":
         if merge_base != "original" or adapters is not None:
             raise UserError("save_method='lora' merges nothing, so merge_base and adapters mean nothing to it. Leave them out.")
         return save_lora(model, tokenizer, save_directory, family=found.family)
     dtype = torch.float16 if weight_dtype(model) == torch.float16 else torch.bfloat16
-    return save_model(model, tokenizer, save_directory, family=found.family, labels=labels, dtype=dtype, merge_base=merge_base,
-                      max_shard_size=max_shard_size, adapters=adapters, four_bit=save_method == "merged_4bit")  # fmt: skip
+    return save_model(model, tokenizer, save_directory, family=found.family, labels=labels_of(model), dtype=dtype,
+                      merge_base=merge_base, max_shard_size=max_shard_size, adapters=adapters,
+                      four_bit=save_method == "merged_4bit")  # fmt: skip
 
 # %% ../../nbs/export/04_merge.ipynb #5218cacd
 def adapter_checks(model: peft.PeftModel, folder: str | Path, name: str) -> list[Check]:
@@ -318,7 +345,8 @@ def adapter_checks(model: peft.PeftModel, folder: str | Path, name: str) -> list
     own = {key: value for key, value in held.items() if base_name(key) is None and f".{name}" in key and "_original" not in key}
     pairs = [(key, value, found.get(key)) for key, value in own.items()]
     heads = {key.replace(f".modules_to_save.{name}.", ".") for key in own}  # trained in full: their biases are compared above
-    pairs += [(key, base_tensors(model)[key], value) for key, value in biases.items() if f"base_model.model.{key}" not in heads]
+    kept = base_tensors(model) if biases else {}
+    pairs += [(key, kept[key], value) for key, value in biases.items() if f"base_model.model.{key}" not in heads]
     wrong = [key for key, ours, theirs in pairs if theirs is None or not torch.equal(ours.detach().cpu().float(), theirs.float())]
     detail = f"tensors that differ, of {len(pairs)}" + (f"; first: {', '.join(wrong[:3])}" if wrong else "")
     return [within("saved adapter is the trained one bit for bit", len(wrong), 0, detail)]
@@ -354,6 +382,7 @@ def save_lora(model: peft.PeftModel, tokenizer: Any, directory: str | Path, *, f
     name = active_adapter(model)
     with appear_whole(directory) as hidden:
         save_adapter(model, hidden, name)
+        record_base(model, hidden)
         if tokenizer is not None:
             make_inference_ready(plain_model(model), tokenizer, family).save_reader(hidden)
         checks = adapter_checks(model, hidden, name) + base_checks(model, base)

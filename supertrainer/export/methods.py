@@ -7,8 +7,9 @@ __all__ = ['save_gguf', 'save_to_hub', 'push_adapter', 'push_to_hub_merged', 'sa
 
 # %% ../../nbs/export/31_methods.ipynb #23e895d1
 import contextlib
+import inspect
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +20,9 @@ from . import adapters, ship
 from .gguf.importance import gather_importance
 from .gguf.mixes import resolve_method
 from .hub import Pushed, check_push
-from .merge import save_model, weight_dtype
+from .merge import NEUTRAL, labels_of, refuse_others, save_model, weight_dtype
 from ..models.info import info
+from ..models.padding import get_tokenizer
 from ..runtime import UserError, did_you_mean
 
 # %% ../../nbs/export/31_methods.ipynb #10497ea2
@@ -42,13 +44,30 @@ def _as_folder(model: torch.nn.Module, tokenizer: Any, name: str, save: Mapping[
     family = info(model).family
     with tempfile.TemporaryDirectory(prefix="supertrainer-ship-") as place:
         folder = Path(place) / name
-        checks = save_model(model, _reader(model, tokenizer), folder, family=family, labels=ship.labels_of(model), **save)
+        checks = save_model(model, _reader(model, tokenizer), folder, family=family, labels=labels_of(model), **save)
         yield folder, checks
 
 
-def _importance(model: torch.nn.Module, rows: Any) -> Mapping[str, torch.Tensor] | None:
-    """Return an importance matrix: as given, or gathered from rows of model inputs."""
-    return rows if rows is None or isinstance(rows, Mapping) else gather_importance(model, list(rows))
+_SAVE = ("dtype", "merge_base", "adapters", "base", "max_shard_size", "rows", "max_logit_error", "four_bit")
+
+
+def _require_known(function: str, save: Mapping[str, Any], of: Callable) -> None:
+    """Refuse an argument that neither `of` nor `save_model` has."""
+    refuse_others(function, {name: value for name, value in save.items() if name not in _SAVE}, {},
+                  [*_SAVE, *inspect.signature(of).parameters])
+
+
+def _checked(methods: str | Sequence[str]) -> list[str]:
+    """Return types of GGUF files as a list, once each is known to exist."""
+    found = [methods] if isinstance(methods, str) else list(methods)
+    for one in found:
+        resolve_method(one)
+    return found
+
+
+def _importance(model: torch.nn.Module, rows: Any, tokenizer: Any) -> Mapping[str, torch.Tensor] | None:
+    """Return an importance matrix: as given, or gathered from texts, conversations or rows of model inputs."""
+    return rows if rows is None or isinstance(rows, Mapping) else gather_importance(model, list(rows), get_tokenizer(_reader(model, tokenizer)))
 
 # %% ../../nbs/export/31_methods.ipynb #308630ef
 def save_gguf(model: torch.nn.Module, path: str | Path, method: str | Sequence[str] = "q8_0", *, tokenizer: Any = None,
@@ -59,18 +78,16 @@ def save_gguf(model: torch.nn.Module, path: str | Path, method: str | Sequence[s
         path: the file (`"my-model.gguf"`, one type), or a folder for `<folder>-<TYPE>.gguf` of each type.
         method: a type or several: `f32`, `f16`, `bf16`, `q8_0`, `q6_k`, `q5_k_m`, `q4_k_m`, `q3_k_m`, `q2_k`, `q4_0`, ...
         tokenizer: default: the one the model was loaded with.
-        importance: rows of model inputs (or what `gather_importance` made of them) that tell which weights matter; worth
-            it below 4 bits.
+        importance: texts, conversations or rows of model inputs (or what `gather_importance` made of them) that tell which
+            weights matter; worth it below 4 bits.
         prove: hold the files against the model before they get their names.
         rows: token ids of texts to hold them against; default: texts of our own.
-        save: `dtype`, `merge_base`, `adapters` of `merge.save_model`.
+        save: `dtype`, `merge_base`, `adapters`, `base` of `merge.save_model`.
     Returns:
         The files.
     """
-    path = Path(path)
-    methods = [method] if isinstance(method, str) else list(method)
-    for one in methods:
-        resolve_method(one)
+    _require_known("save_gguf", save, save_gguf)
+    path, methods = Path(path), _checked(method)
     single = path.suffix == ".gguf"
     if single and len(methods) != 1:
         raise UserError(f"{path} is one file, and {len(methods)} types are asked for. Give a folder.")
@@ -78,7 +95,7 @@ def save_gguf(model: torch.nn.Module, path: str | Path, method: str | Sequence[s
     with _as_folder(model, tokenizer, name, save) as (folder, _):
         evidence = {} if rows is None else {"rows": rows}
         files, _ = ship.write_gguf(folder, path.parent if single else path, methods, name=name, path=path if single else None,
-                                   importance=_importance(model, importance), prove=prove, **evidence)
+                                   importance=_importance(model, importance, tokenizer), prove=prove, **evidence)
     return files
 
 # %% ../../nbs/export/31_methods.ipynb #e153773d
@@ -107,18 +124,25 @@ def save_to_hub(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, 
         UserError: no right to write there, a licence nobody knows, a secret in a file: said before anything is uploaded.
         CheckFailed: the merged model or a GGUF file does not answer as the model does; nothing is uploaded.
     """
-    methods = [gguf] if isinstance(gguf, str) else list(gguf)
-    for one in methods:
-        resolve_method(one)
-    where = {"private": private, "public_ok": public_ok, "create_pr": create_pr, "token": token, "revision": revision}
-    target = check_push(repo_id, **where)
+    _require_known("save_to_hub", save, save_to_hub)
+    return _ship(model, repo_id, tokenizer, _checked(gguf), importance, save, license=license, tags=tags, private=private,
+                 public_ok=public_ok, create_pr=create_pr, token=token, revision=revision, commit_message=commit_message,
+                 commit_description=commit_description)
+
+
+def _ship(model: torch.nn.Module, repo_id: str, tokenizer: Any, methods: Sequence[str], importance: Any, save: Mapping[str, Any],
+          **how: Any) -> Pushed:
+    """Save, convert and push a model, once it is known that the push would be accepted."""
+    if methods and save.get("four_bit"):
+        raise UserError("A GGUF file is made from 16-bit weights, not from a 4-bit model of bitsandbytes: leave gguf= out, or save "
+                        'with "merged_16bit".')
+    target = check_push(repo_id, **{name: how[name] for name in ("private", "public_ok", "create_pr", "token", "revision") if name in how})
     name = target.repo_id.split("/")[1]
     with _as_folder(model, tokenizer, name, save) as (folder, checks):
         files, proven = ship.write_gguf(folder, folder.parent, methods, name=name,
-                                        importance=_importance(model, importance)) if methods else ([], [])
-        return ship.push(folder, target.repo_id, gguf=files, checks=[*checks, *proven], license=license, tags=tags,
-                         family=info(model).family, run_dir=info(model).run, commit_message=commit_message,
-                         commit_description=commit_description, **where)
+                                        importance=_importance(model, importance, tokenizer)) if methods else ([], [])
+        return ship.push(folder, target.repo_id, gguf=files, checks=[*checks, *proven], family=info(model).family,
+                         run_dir=info(model).run, **how)
 
 
 def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, base_model: str | None = None,
@@ -133,27 +157,21 @@ def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *,
         tags: further tags of the card.
         how: `base_revision`, `private`, `public_ok`, `revision`, `create_pr`, `token`, `commit_message`, `commit_description`.
     """
+    refuse_others("push_adapter", {name: value for name, value in how.items() if name not in _ADAPTER}, {},
+                  [*_ADAPTER, *inspect.signature(push_adapter).parameters])
     account = {name: how.get(name) for name in ("token", "revision")}
+    target = check_push(repo_id, **{name: how[name] for name in ("private", "public_ok", "create_pr", "token", "revision") if name in how})
 
     def prepare(desk: Path) -> None:
-        ship.describe(desk, ship.facts_of_folder(desk), repo_id, license=license, tags=tags, **account)
+        ship.describe(desk, ship.facts_of_folder(desk), target.repo_id, license=license, tags=tags, **account)
 
-    return adapters.push_adapter(model, repo_id, _reader(model, tokenizer), base_model=base_model, prepare=prepare, **how)
+    return adapters.push_adapter(model, target.repo_id, _reader(model, tokenizer), base_model=base_model, prepare=prepare, **how)
+
+
+_ADAPTER = ("base_revision", "private", "public_ok", "revision", "create_pr", "token", "commit_message", "commit_description")
 
 # %% ../../nbs/export/31_methods.ipynb #84e182de
-_NEUTRAL = {"safe_serialization": (True, None), "is_main_process": (True,), "push_to_hub": (False, None), "state_dict": (None,),
-            "save_function": (None,), "variant": (None,), "save_peft_format": (True,), "maximum_memory_usage": None,
-            "temporary_location": None, "first_conversion": (None, "bf16", "f16", "f32"), "use_temp_dir": (None,)}
-_FAST = {None: "q8_0"}
-
-
-def _refuse(function: str, extra: Mapping[str, Any], known: Iterable[str]) -> None:
-    for name, value in extra.items():
-        allowed = _NEUTRAL.get(name, ())
-        if allowed is not None and value not in allowed:
-            raise UserError(f"{function} cannot honour {name}={value!r}.{did_you_mean(name, [*_NEUTRAL, *known])}")
-
-
+_OTHERS = {**NEUTRAL, "first_conversion": (None, "bf16", "f16", "f32"), "use_temp_dir": (None,)}
 _PUSH = ("revision", "commit_message", "commit_description", "create_pr", "tags", "token", "public_ok", "license")
 
 
@@ -161,7 +179,7 @@ def _split(function: str, kwargs: dict[str, Any], save: Sequence[str]) -> tuple[
     """Return the arguments of a push and those of a save; refuse the others."""
     push = {name: kwargs.pop(name) for name in _PUSH if name in kwargs}
     saving = {name: kwargs.pop(name) for name in save if name in kwargs}
-    _refuse(function, kwargs, [*_PUSH, *save])
+    refuse_others(function, kwargs, {**_OTHERS, "push_to_hub": (True, False, None)}, [*_PUSH, *save])
     return {name: value for name, value in push.items() if value is not None}, saving
 
 
@@ -186,11 +204,6 @@ def push_to_hub_merged(model: torch.nn.Module, repo_id: str, tokenizer: Any = No
     return save_to_hub(model, repo_id, tokenizer, dtype=half, four_bit=save_method != "merged_16bit", **how, **save)
 
 
-def _methods_of(quantization_method: str | Sequence[str] | None) -> list[str]:
-    given = [quantization_method] if isinstance(quantization_method, str) or quantization_method is None else list(quantization_method)
-    return [_FAST.get(method, method) for method in given]
-
-
 def save_pretrained_gguf(model: torch.nn.Module, save_directory: str | Path, tokenizer: Any = None,
                          quantization_method: str | Sequence[str] | None = "fast_quantized", **kwargs: Any) -> list[Path]:
     """Write GGUF files into a folder.
@@ -200,8 +213,8 @@ def save_pretrained_gguf(model: torch.nn.Module, save_directory: str | Path, tok
         quantization_method: a type or several; `not_quantized` (16 bits), `fast_quantized` (q8_0), `quantized` (q4_k_m).
     """
     importance = kwargs.pop("importance", None)
-    _refuse("save_pretrained_gguf", kwargs, ("importance",))
-    return save_gguf(model, Path(save_directory), _methods_of(quantization_method), tokenizer=tokenizer, importance=importance)
+    refuse_others("save_pretrained_gguf", kwargs, _OTHERS, ("quantization_method", "importance"))
+    return save_gguf(model, Path(save_directory), _checked(quantization_method or "fast_quantized"), tokenizer=tokenizer, importance=importance)
 
 
 def push_to_hub_gguf(model: torch.nn.Module, repo_id: str, tokenizer: Any = None,
@@ -210,13 +223,4 @@ def push_to_hub_gguf(model: torch.nn.Module, repo_id: str, tokenizer: Any = None
     """Upload GGUF files with a card and a `Modelfile`, without the weights they were made from."""
     how, save = _split("push_to_hub_gguf", kwargs, ("importance",))
     how["private"] = True if private is None else private
-    methods = _methods_of(quantization_method)
-    for one in methods:
-        resolve_method(one)
-    target = check_push(repo_id, **{key: value for key, value in how.items() if key in ("private", "public_ok", "create_pr", "token", "revision")})
-    name = target.repo_id.split("/")[1]
-    with _as_folder(model, tokenizer, name, {}) as (folder, checks):
-        files, proven = ship.write_gguf(folder, folder.parent, methods, name=name,
-                                        importance=_importance(model, save.get("importance")))
-        return ship.push(folder, target.repo_id, gguf=files, checks=[*checks, *proven], family=info(model).family,
-                         run_dir=info(model).run, only_gguf=True, **how)
+    return _ship(model, repo_id, tokenizer, _checked(quantization_method or "fast_quantized"), save.get("importance"), {}, only_gguf=True, **how)

@@ -26,9 +26,10 @@ from ..export.gguf.importance import gather_importance
 from ..export.gguf.mixes import resolve_method
 from ..export.hub import check_push
 from ..export.licences import inherited_licence
-from ..export.merge import save_model
+from ..export.merge import labels_of, save_model
 from ..inference.base import read_requests, to_conversation
 from ..models.base import FastModel, load_finished
+from ..models.info import info
 from ..models.sources import family_of_folder, model_folder, resolve
 from .folder import Run
 from ..runtime import UserError, get_logger, no_bars
@@ -84,10 +85,10 @@ def _save_as(cfg: StrictDict, folder: Path) -> list[Check]:
     with no_bars():
         if source.kind == "folder" and family_of_folder(source.path) is None:  # merged onto the base it was trained on
             model, processor = FastModel.from_pretrained(path, **revision)
-            family = ship.info(model).family
+            family = info(model).family
         else:
             family, model, processor = load_finished(path, family=cfg.model.family, **revision)
-        return save_model(model, processor, folder, family=family, labels=ship.labels_of(model),
+        return save_model(model, processor, folder, family=family, labels=labels_of(model),
                           dtype=None if cfg.dtype == "auto" else cfg.dtype)
 
 # %% ../../nbs/run/09_exporting.ipynb #00a1ae8d
@@ -118,18 +119,15 @@ def importance_of(cfg: StrictDict, folder: Path) -> dict[str, Any] | None:
     """Return which weights matter on the rows of `cfg.importance.path`; None when none is named."""
     if cfg.importance.path is None:
         return None
-    requests = read_requests(cfg.importance.path)[:cfg.importance.rows]
-    family, model, tokenizer = load_finished(folder)
+    family = family_of_folder(folder)
     if family != "llm":
         raise UserError(f"importance.path: an importance matrix is gathered for language models; this is a model of the family {family}.")
-    batches = []
-    for request in requests:
-        turns, _ = to_conversation(request)
-        chat = tokenizer.chat_template is not None and "text" not in request
-        text = tokenizer.apply_chat_template(turns, tokenize=False) if chat else turns[0]["content"]
-        batches.append(tokenizer(text, return_tensors="pt", add_special_tokens=not chat))
-    log.info("importance gathered from %d rows of %s", len(batches), cfg.importance.path)
-    return gather_importance(model, batches)
+    requests = read_requests(cfg.importance.path)[:cfg.importance.rows]
+    _, model, tokenizer = load_finished(folder)
+    rows = [request["text"] if "text" in request else to_conversation(request)[0] for request in requests]
+    rows = rows if tokenizer.chat_template is not None else [row if isinstance(row, str) else row[0]["content"] for row in rows]
+    log.info("importance gathered from %d rows of %s", len(rows), cfg.importance.path)
+    return gather_importance(model, rows, tokenizer)
 
 # %% ../../nbs/run/09_exporting.ipynb #b69ce47d
 def _files(folder: Path, run_dir: Path | None, gguf: list[str], directory: Path, name: str, *, importance: Any = None,
