@@ -31,9 +31,10 @@ from supertrainer.data.base import load_splits, training_texts
 from supertrainer.data.rows import Problems, rows_of
 from supertrainer.data.texts import encode_tags
 from supertrainer.export.merge import save_model
-from supertrainer.inference.base import Classification, result_rows, results_table
+from supertrainer.inference.base import Classification
 from supertrainer.inference.encoders import classify
 from supertrainer.inference.engines.hf import HFEngine
+from supertrainer.inference.requests import result_rows, results_table
 from supertrainer.metrics.multi_label import multi_label_report
 from supertrainer.metrics.tags import entities, tag_report
 from supertrainer.models.base import load_finished

@@ -19,17 +19,9 @@ from transformers import (
 from transformers.models.idefics3 import Idefics3Config, Idefics3ForConditionalGeneration
 from transformers.models.idefics3.image_processing_pil_idefics3 import Idefics3ImageProcessorPil
 
-from supertrainer.inference.base import (
-    Completion,
-    Sampling,
-    read_requests,
-    require_honoured,
-    result_rows,
-    results_table,
-    to_conversation,
-    write_results,
-)
+from supertrainer.inference.base import Completion, Sampling, require_honoured
 from supertrainer.inference.engines.hf import HFEngine, most_tokens, stop_token_ids
+from supertrainer.inference.requests import read_requests, result_rows, results_table, to_conversation, write_results
 from supertrainer.registry import lookup
 from supertrainer.runtime import UserError
 

