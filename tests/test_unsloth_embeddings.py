@@ -4,6 +4,7 @@ import importlib.metadata
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -13,6 +14,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.sampler import BatchSamplers  # noqa: E402
 
 from supertrainer.check import CheckFailed  # noqa: E402
+from supertrainer.export.gguf.llama import Llama  # noqa: E402
 from supertrainer.models.info import info  # noqa: E402
 from supertrainer.runtime import UserError  # noqa: E402
 from supertrainer.unsloth import (  # noqa: E402
@@ -143,6 +145,26 @@ def test_four_bits(bert, in_tmp):
     assert all(check.passed for check in merged)
 
 
+def test_the_vectors_go_out_as_gguf_and_to_the_hub(bert, hub, in_tmp):
+    """The pooling is part of the file, llama.cpp gives the model's vectors, and the library reads the repository."""
+    model = disturb(adapted(bert))
+    wanted = model.encode(THINGS)
+    path, = model.save_pretrained_gguf("out", model.tokenizer, quantization_method="f16")
+    with Llama(path, embeds=True) as llama:
+        found = np.stack([llama.embed(list(map(int, model.tokenizer(text)["input_ids"]))) for text in THINGS])
+    assert path.name == "out-F16.gguf"
+    cosine = (found * wanted).sum(1) / np.linalg.norm(found, axis=1) / np.linalg.norm(wanted, axis=1)
+    assert cosine.min() > 0.999
+    model.push_to_hub_merged("me/vectors", model.tokenizer, license="mit")
+    model.push_to_hub_gguf("me/files", quantization_method=["q8_0"], license="mit")
+    assert "files-Q8_0.gguf" in hub.files("me/files") and "model.safetensors" not in hub.files("me/files")
+    for name, content in hub.files("me/vectors").items():
+        Path("there", name).parent.mkdir(parents=True, exist_ok=True)
+        Path("there", name).write_bytes(content)
+    there = SentenceTransformer("there", device="cpu").encode(THINGS)
+    assert ((there * wanted).sum(1) / np.linalg.norm(there, axis=1) / np.linalg.norm(wanted, axis=1)).min() > 0.999
+
+
 @pytest.mark.parametrize(("call", "message"), [
     (lambda m, p: FastSentenceTransformer.from_pretrained(p, max_seq_length=10**6), "max_seq_length=1000000 is not between 1 and"),
     (lambda m, p: FastSentenceTransformer.from_pretrained(p, max_seq_lenght=8), "max_seq_length"),
@@ -156,8 +178,9 @@ def test_four_bits(bert, in_tmp):
     (lambda m, p: FastSentenceTransformer.get_peft_model(m, target_modules=["qurey"]), "query"),
     (lambda m, p: FastSentenceTransformer.get_peft_model(m, loftq_config={"bits": 4}), "loftq_config"),
     (lambda m, p: FastSentenceTransformer.get_peft_model(m[0].model), "must be what FastSentenceTransformer"),
-    (lambda m, p: m.push_to_hub_merged("me/x", m.tokenizer), "push_to_hub_merged is not here yet"),
-    (lambda m, p: m.save_pretrained_gguf("x", m.tokenizer), "save_pretrained_gguf is not here yet"),
+    (lambda m, p: m.push_to_hub_merged("me/x", m.tokenizer, save_method="lora"), "there is merged_16bit"),
+    (lambda m, p: m.save_pretrained_gguf("x", m.tokenizer, quantization_method="q4_k_n"), "q4_k_m"),
+    (lambda m, p: m.save_pretrained_torchao("x"), "save_pretrained_torchao is not here yet"),
     (lambda m, p: m.save_pretrained_merged("x", save_method="merged_4bit"), "save_method='merged_4bit' is not supported"),
     (lambda m, p: m.save_pretrained_merged("x", save_method="lora"), "this model has none"),
     (lambda m, p: m.save_pretrained_merged("x", private=True), "private=True"),

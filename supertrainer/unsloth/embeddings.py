@@ -19,7 +19,7 @@ import torch
 
 from ..check import Check, CheckFailed, within
 from ..export.folder import appear_whole
-from ..export.merge import is_quantised, weight_dtype
+from ..export.merge import NEUTRAL, is_quantised, refuse_others, weight_dtype
 from ..models import adapters
 from ..models.info import InstanceMethod, ModelInfo, attach, info
 from ..models.loading import keep_layout
@@ -27,6 +27,7 @@ from ..models.request import Request, bitsandbytes_config, take_extra
 from ..models.sources import Source, resolve
 from ..patching import patches, plain
 from ..runtime import Decision, UserError, choose_device, choose_dtype, did_you_mean, quiet
+from . import shipping
 from .arguments import AnyMachine
 from .heads import drop_neutral, is_decoder, take_dtype
 from .models import get_peft_model as put_adapter
@@ -119,8 +120,6 @@ def _set_pooling(model: SentenceTransformer, mode: str | None) -> None:
 SENTENCES = ("A man is playing a guitar.", "Someone plays an instrument.", "The stock market fell sharply today.",
              "def add(a, b): return a + b", "Wie ist das Wetter?", "x")
 ROUNDING = 0.25  # more than that of a vector's length, and 16 bit are too coarse for this model
-_NEUTRAL = {"push_to_hub": (False, None), "safe_serialization": (True, None), "token": (None,), "max_shard_size": ("5GB", None),
-            "maximum_memory_usage": (0.75, 0.7, 0.9, None)}
 
 
 def vectors(model: SentenceTransformer) -> torch.Tensor:
@@ -188,9 +187,7 @@ def save_pretrained_merged(model: SentenceTransformer, save_directory: str | os.
         UserError: an argument that cannot be honoured, or a quantised base.
         CheckFailed: the saved model gives other vectors; nothing is left behind.
     """
-    for name, value in kwargs.items():
-        if value not in _NEUTRAL.get(name, ()):
-            raise UserError(f"save_pretrained_merged cannot honour {name}={value!r}.{did_you_mean(name, _NEUTRAL)}")
+    refuse_others("save_pretrained_merged", kwargs, {**NEUTRAL, "max_shard_size": ("5GB", None)}, ("save_method",))
     if save_method not in ("merged_16bit", "lora"):
         raise UserError(f"save_method={save_method!r} is not supported; today: merged_16bit, lora."
                         + did_you_mean(save_method, ("merged_16bit", "lora")))
@@ -218,15 +215,14 @@ def push_to_hub(model: SentenceTransformer, repo_id: str, *args: Any, private: b
 
 def _refuse(name: str) -> Any:
     def refuse(model: SentenceTransformer, *args: Any, **kwargs: Any) -> Any:
-        raise UserError(f"model.{name} is not here yet. Use model.save_pretrained_merged and upload the folder"
-                        + (", or convert it with llama.cpp." if "gguf" in name else "."))
+        raise UserError(f"model.{name} is not here yet. Use model.save_pretrained_merged, or model.save_pretrained_gguf for fewer bits.")
 
     return refuse
 
 
 _METHODS = {"save_pretrained_merged": save_pretrained_merged, "push_to_hub": push_to_hub,
-            **{name: _refuse(name) for name in ("push_to_hub_merged", "save_pretrained_gguf", "push_to_hub_gguf",
-                                                "save_pretrained_torchao")}}
+            "push_to_hub_merged": shipping.push_to_hub_merged, "save_pretrained_gguf": shipping.save_pretrained_gguf,
+            "push_to_hub_gguf": shipping.push_to_hub_gguf, "save_pretrained_torchao": _refuse("save_pretrained_torchao")}
 
 
 class _Method(InstanceMethod):
