@@ -494,13 +494,13 @@ class Handler(BaseHTTPRequestHandler):
             repo.refs[f"refs/tags/{self.asked()['tag']}"] = oid
             self.answer(200, {})
 
-    def may_commit(self, repo_id):
+    def may_commit(self, repo_id, revision):
         """The repository, if the account may commit to it or propose to."""
-        propose = "create_pr" in self.query
+        propose = "create_pr" in self.query or revision.startswith("refs/pr/")
         return self.repo(repo_id, write=not propose, propose=propose)
 
     def preupload(self, repo_id, revision):
-        repo = self.may_commit(repo_id)
+        repo = self.may_commit(repo_id, revision)
         oid = repo and self.commit_of(repo, revision)
         if not oid:
             return
@@ -594,7 +594,7 @@ class Handler(BaseHTTPRequestHandler):
         self.answer(400 if wrong else 200, {"errors": problems, "warnings": []})
 
     def commit(self, repo_id, revision):
-        repo = self.may_commit(repo_id)
+        repo = self.may_commit(repo_id, revision)
         head = repo and self.commit_of(repo, revision)
         if not head:
             return

@@ -13,8 +13,10 @@ import yaml
 from huggingface_hub import ModelCard
 from peft import LoraConfig, get_peft_model
 from PIL import Image
+from safetensors.torch import save_file
 
 from supertrainer.check import Check
+from supertrainer.config import compose
 from supertrainer.export import card, usage
 from supertrainer.export.card_facts import Base, CardFacts, base_of, facts_of_folder, facts_of_run
 from supertrainer.export.card_sections import escaped, limits, wilson
@@ -199,7 +201,7 @@ def test_hub_base_is_asked_only_when_the_network_is_allowed(tmp_path, monkeypatc
     (tmp_path / "card.md").write_text("---\nlicense: gemma\n---\n")
     calls = []
 
-    def download(repo_id, name, *, revision, local_files_only):
+    def download(repo_id, name, *, revision, local_files_only, endpoint):
         calls.append((repo_id, name, revision, local_files_only))
         if local_files_only:
             raise huggingface_hub.errors.LocalEntryNotFoundError("not cached")
@@ -281,6 +283,53 @@ def test_form_left_by_peft_is_not_taken_for_somebodys_words(tmp_path):
     text = card.write_card(tmp_path / "adapter", facts_of_folder(tmp_path / "adapter"), license="mit").read_text()
     assert "More Information Needed" not in text and str(tmp_path) not in text
     assert "library_name: peft" in text and "adapter" in text
+
+
+def test_a_form_that_somebody_began_to_fill_in_is_theirs(tmp_path):
+    ModelCard.from_template(huggingface_hub.ModelCardData(), model_description="I wrote this by hand.", developers="Erika").save(
+        tmp_path / "README.md")
+    text = card.write_card(tmp_path, FACTS, license="mit").read_text()
+    assert "I wrote this by hand." in text and "Erika" in text
+
+
+def test_what_an_earlier_call_wrote_is_not_the_authors_word(tmp_path):
+    """An adapter's card becomes that of a merged model on another base: nothing of the first base stays, what people wrote does."""
+    first = CardFacts(what="chat", family="llm", adapter=True, base=Base("org/base", "hub", "org/base"), lora={"rank": 4},
+                      sources=[{"name": "org/old", "hub_id": "org/old"}])
+    (tmp_path / "README.md").write_text("---\ntags: [own]\ntitle: Mine\n---\n# A\n")
+    card.write_card(tmp_path, first, license="apache-2.0")
+    card.write_card(tmp_path, FACTS, repo_id="me/model", license="mit")
+    data = ModelCard.load(tmp_path / "README.md").data.to_dict()
+    assert data["library_name"] == "transformers" and data["datasets"] == ["org/data"] and data["title"] == "Mine"
+    assert "own" in data["tags"] and "lora" not in data["tags"] and data["license"] == "mit"
+
+
+@pytest.mark.parametrize("system", ["You are terse.\nAnswer.", 'say "hi" \\ there', "Cost in ${currency}", "It's [1, 2]: {x}"])
+def test_the_system_prompt_of_the_cards_code_arrives_as_it_was(system):
+    code = usage.supertrainer_code(CardFacts(what="chat", family="llm", system=system), "me/model")
+    line = next(line for line in code.splitlines() if line.startswith("cfg = "))
+    scope = {"compose": compose}
+    exec(line, scope)
+    assert scope["cfg"].system == system
+
+
+@pytest.mark.parametrize("status", [401, 503])
+def test_a_licence_that_could_not_be_asked_for_is_not_called_missing(hub, monkeypatch, status):
+    monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
+    hub.make("me/base", {"README.md": b"---\nlicense: apache-2.0\n---\n"})
+    hub.fail("HEAD", "README.md", times=99, status=status)
+    with pytest.raises(UserError, match="could not be read"):
+        inherited_licence(Base("me/base", "hub", "me/base"), network=True)
+    hub.faults.clear()
+    assert inherited_licence(Base("me/base", "hub", "me/base"), network=True).identifier == "apache-2.0"
+
+
+def test_weights_in_four_bits_count_as_weights(tmp_path):
+    packed = {"a.weight": torch.zeros(2048, 1, dtype=torch.uint8), "a.weight.absmax": torch.zeros(64),
+              "a.weight.quant_map": torch.zeros(16), "b.weight": torch.zeros(640, dtype=torch.bfloat16)}
+    save_file(packed, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    assert facts_of_folder(tmp_path).parameters == 4096 + 640
 
 
 def test_new_results_stand_beside_those_of_other_models(tmp_path):

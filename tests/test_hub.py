@@ -312,6 +312,9 @@ def test_somebody_else_s_repository_takes_a_proposal(hub, folder, monkeypatch):
         push_folder(folder, "you/theirs", private=False, public_ok=True)
     done = push_folder(folder, "you/theirs", private=False, public_ok=True, create_pr=True)
     assert done.revision == "refs/pr/1" and hub.files("you/theirs")["config.json"] == b"{}"
+    (folder / "config.json").write_text('{"second": 2}')
+    again = push_folder(folder, "you/theirs", private=False, public_ok=True, revision="refs/pr/1")  # one's own goes on
+    assert again.revision == "refs/pr/1" and hub.files("you/theirs", "refs/pr/1")["config.json"] == b'{"second": 2}'
     monkeypatch.setenv("HF_TOKEN", "me-reads")
     with pytest.raises(UserError, match="may only read"):
         check_push("you/theirs", private=False, public_ok=True, create_pr=True)
@@ -468,6 +471,21 @@ def test_a_file_that_changes_under_the_upload_is_noticed(hub, folder):
     hub.fail("POST", "/commit/", before=lambda: (folder / ONE).write_bytes(b"new"))
     with pytest.raises(CheckFailed, match=f"no file changed.*{ONE}"):
         push_folder(folder, "me/model")
+
+
+def test_a_mistake_of_ours_is_not_called_a_stopped_upload(hub, folder, monkeypatch):
+    def broken(*arguments):
+        raise ValueError("zip() argument 2 is shorter")
+
+    monkeypatch.setattr("supertrainer.export.hub.compare", broken)
+    with pytest.raises(ValueError, match="zip"):
+        push_folder(folder, "me/model")
+
+
+@pytest.mark.parametrize("asked", ["1.5", "soon"])
+def test_a_wait_that_cannot_be_read_is_chosen_by_us(hub, folder, waited, asked):
+    hub.fail("GET", "/api/whoami-v2", status=503, headers={"Retry-After": asked})
+    assert push_folder(folder, "me/model").commit
 
 
 def test_a_card_the_hub_would_not_take_is_said_before_the_upload(hub, folder):

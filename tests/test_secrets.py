@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import lzma
 import pickle
 import re
 import struct
@@ -202,6 +203,47 @@ def test_a_secret_of_each_rule_is_drawn_above():
 def test_password_in_an_address():
     assert kinds(b"postgres://me:" + b"tr0ub4dor@db.internal/x") == ["password in an address"]
     assert not find(b"http://localhost:8000/v1 git+ssh://git@github.com/a/b https://a.test/@me see http://x:80/@y")
+
+
+HF = b"hf_" + b"abcdefghijklmnopqrstuvwxyzABCDEFGH"
+USER = b"al" + b"ice"
+
+
+@pytest.mark.parametrize("text", [
+    b'{"a": "see\\n' + HF + b'"}', b'{"a": "warn:\\n/home/' + USER + b'/x.py:12"}', b"[write](mailto:" + USER + b"@acme.com)",
+    USER + b"@acme.com: boss", b"/mnt/home/" + USER + b"/runs", b"/gpfs/users/" + USER + b"/x",
+    b"hf_oauth_eyJhbGci" + b"OiJFZERTQSJ9.eyJzdWIiOiIx" + b".c2lnbmF0dXJl", b"hf_jwt_eyJhbGci" + b"OiJFZERTQSJ9.eyJzdWIiOiIx" + b".c2lnbmF0dXJl"])
+def test_what_stands_before_a_secret_does_not_hide_it(text):
+    assert find(text)
+
+
+def test_a_private_key_is_taken_out_with_its_mark():
+    body = "MIIEow" + "IBAAKCAQEA7" * 20
+    text = "x\n-----BEGIN RSA " + f"PRIVATE KEY-----\n{body}\n-----END RSA " + "PRIVATE KEY-----\ny"
+    assert cleaned(text) == "x\n(private key removed)\ny"
+
+
+@pytest.mark.parametrize("name", ["x.gz", "x.zip", "x.tar.xz"])
+def test_a_damaged_archive_is_searched_as_far_as_it_goes(tmp_path, name):
+    if name.endswith("zip"):
+        with zipfile.ZipFile(tmp_path / name, "w", zipfile.ZIP_DEFLATED) as file:
+            file.writestr("a", bytes(range(256)) * 50)
+    else:
+        (tmp_path / name).write_bytes((gzip if name.endswith("gz") else lzma).compress(bytes(range(256)) * 50))
+    content = bytearray((tmp_path / name).read_bytes())
+    content[60:90] = b"\xff" * 30
+    (tmp_path / name).write_bytes(content)
+    assert scan(tmp_path) == []
+
+
+def test_what_no_upload_takes_is_not_searched_and_a_name_with_brackets_can_be_allowed(tmp_path):
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "a.pyc").write_bytes(HF)
+    (tmp_path / "x.part").write_bytes(HF)
+    assert scan(tmp_path) == []
+    (tmp_path / "notes [draft].md").write_bytes(HF)
+    hit, = scan(tmp_path)
+    assert scan(tmp_path, allow=[hit.name]) == []
 
 
 # ---- what is none

@@ -114,6 +114,17 @@ def test_a_secret_stops_a_push(hub, base, tmp_path):
     assert not hub.received
 
 
+def test_an_address_that_is_meant_to_be_public_can_be_allowed(hub, base, tmp_path):
+    folder = tmp_path / "mine"
+    shutil.copytree(base, folder)
+    (folder / "CONTACT.txt").write_text("erika" + "@acme.com")
+    with pytest.raises(UserError, match="allow=") as refused:
+        ship.push(folder, "me/x", license="mit")
+    name = str(refused.value).split("allow=['")[1].split("'")[0]
+    cfg = compose("export", f"model.path={folder}", "push.repo_id=me/x", "push.license=mit", f"push.allow=['{name}']")
+    assert export(cfg).pushed.commit and "CONTACT.txt" in hub.files("me/x")
+
+
 def test_words_on_the_card_of_the_repository_are_kept(hub, base, monkeypatch):
     monkeypatch.setattr("huggingface_hub.utils._http.time.sleep", lambda seconds: None)
     model, _ = trained(base)

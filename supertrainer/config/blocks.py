@@ -6,8 +6,8 @@
 __all__ = ['Positive', 'Fraction', 'Family', 'OWNED', 'OWNED_LORA', 'UNUSED', 'RANGES', 'Block', 'RunBlock', 'LimitBlock',
            'SourceBlock', 'DatasetBlock', 'training_block', 'lora_block', 'ModelBlock', 'ModelKwargs',
            'TrainingModelKwargs', 'EarlyStopping', 'BenchmarkBlock', 'PushBlock', 'ExportBlock', 'SamplingBlock',
-           'train_block', 'FinishedModel', 'InputBlock', 'OutputBlock', 'InferSchema', 'BenchmarkSchema',
-           'ImportanceBlock', 'ExportSchema']
+           'train_block', 'FinishedModel', 'OpenedModel', 'InputBlock', 'OutputBlock', 'AnswersBlock', 'InferSchema',
+           'BenchmarkSchema', 'ServerBlock', 'ServeSchema', 'ImportanceBlock', 'ExportSchema']
 
 # %% ../../nbs/config/02_blocks.ipynb #e27aaab7
 import functools
@@ -216,6 +216,7 @@ class PushBlock(Block):
     commit_message: str | None
     license: str | None
     tags: list[str]
+    allow: list[str]
 
 
 class ExportBlock(Block):
@@ -236,7 +237,14 @@ class SamplingBlock(Block):
     temperature: Annotated[float, Field(gt=0)] | None
     top_p: Annotated[float, Field(gt=0, le=1)] | None
     top_k: Positive | None
+    repetition_penalty: Annotated[float, Field(gt=0)] | None
+    stop: list[str]
     seed: int | None
+    log_probabilities: bool
+    choices: list[str]
+    json_schema: dict[str, Any] | str | None
+    regex: str | None
+    grammar: str | None
 
 # %% ../../nbs/config/02_blocks.ipynb #b023cfc1
 @functools.cache
@@ -264,6 +272,14 @@ class FinishedModel(Block):
     family: Family | None
 
 
+class OpenedModel(FinishedModel):
+    """A finished model as an engine opens it: with or without its adapter, and with others beside it."""
+
+    load: Literal["auto", "base", "adapter", "merged"]
+    adapters: dict[str, str]
+    adapter: str | None
+
+
 class InputBlock(Block):
     """What to ask: a file, `-` for standard input, or one text (and image)."""
 
@@ -278,15 +294,21 @@ class OutputBlock(Block):
     path: str | None
 
 
+class AnswersBlock(OutputBlock):
+    """Where answers go; a file that is there is gone on with, unless it shall be written anew."""
+
+    overwrite: bool
+
+
 class InferSchema(Block):
     """The schema of `supertrainer infer`."""
 
-    model: FinishedModel
+    model: OpenedModel
     engine: dict[str, Any]
     model_kwargs: ModelKwargs
     sampling: SamplingBlock
     input: InputBlock
-    output: OutputBlock
+    output: AnswersBlock
     system: str | None
     stream: bool
     seed: int
@@ -295,12 +317,34 @@ class InferSchema(Block):
 class BenchmarkSchema(Block):
     """The schema of `supertrainer benchmark`."""
 
-    model: FinishedModel
+    model: OpenedModel
     engine: dict[str, Any]
     model_kwargs: ModelKwargs
     dataset: DatasetBlock
     benchmark: BenchmarkBlock
     output: OutputBlock
+    seed: int
+
+# %% ../../nbs/config/02_blocks.ipynb #0a88dee8
+class ServerBlock(Block):
+    """Where it listens, under which name the model goes, and how requests are gathered into batches."""
+
+    host: str
+    port: Annotated[int, Field(ge=0, le=65535)]
+    name: str | None
+    gather_seconds: Annotated[float, Field(ge=0)]
+    max_waiting: Positive
+
+
+class ServeSchema(Block):
+    """The schema of `supertrainer serve`."""
+
+    model: OpenedModel
+    engine: dict[str, Any]
+    model_kwargs: ModelKwargs
+    sampling: SamplingBlock
+    server: ServerBlock
+    system: str | None
     seed: int
 
 # %% ../../nbs/config/02_blocks.ipynb #3b27f0b3

@@ -7,6 +7,7 @@ __all__ = ['BEGIN', 'END', 'PLOT', 'CONFIG', 'draw_loss', 'metadata', 'merged_me
            'CardFacts', 'facts_of_folder', 'facts_of_run']
 
 # %% ../../nbs/export/18_card.ipynb #0c0c219c
+import json
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -15,11 +16,12 @@ from typing import Any
 
 import yaml
 from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub.repocard import TEMPLATE_MODELCARD_PATH
 from huggingface_hub.utils import yaml_dump
 
 from . import card_sections, usage
 from .card_facts import CardFacts, facts_of_folder, facts_of_run
-from .licences import Licence, front_matter, given_licence, licence_of, require_licence
+from .licences import Licence, card_text, front_matter, given_licence, licence_of, require_licence
 from .secret_rules import cleaned
 from ..runtime import UserError
 
@@ -134,19 +136,51 @@ def merged_metadata(theirs: Mapping[str, Any], ours: Mapping[str, Any], given: b
         merged |= {key: ours[key] for key in ("license", "license_name", "license_link") if ours.get(key)}
     return merged
 
+_RECORD = re.compile(r"<!-- supertrainer:metadata (\{.*\}) -->")
+_LICENCE = ("license", "license_name", "license_link")
+
+
+def _record(ours: Mapping[str, Any], theirs: Mapping[str, Any], inherited: bool) -> str:
+    """Return the comment that tells the next call which values of the front matter are ours and not the author's."""
+    put = {key: [entry for entry in value if entry not in _listed(theirs.get(key))] if isinstance(value, list) else value
+           for key, value in ours.items() if (key not in theirs or isinstance(value, list)) and (inherited or key not in _LICENCE)}
+    told = json.dumps(put, ensure_ascii=False).replace(">", "\\u003e")
+    return f"<!-- supertrainer:metadata {told} -->"
+
+
+def _authors(found: Mapping[str, Any], body: str) -> dict[str, Any]:
+    """Return a card's front matter without what an earlier call put there: it was true of the model of that time."""
+    record = _RECORD.search(body)
+    put = json.loads(record[1]) if record else {}
+    kept = {key: [entry for entry in value if entry not in put[key]] if isinstance(value, list) and isinstance(put.get(key), list)
+            else value for key, value in found.items() if key not in put or value != put[key]}
+    return {key: value for key, value in kept.items() if value != []}
+
 # %% ../../nbs/export/18_card.ipynb #cb8a75b5
+_HEAD = re.compile(r"\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*(?:\r?\n|$)", re.DOTALL)
+_ADDED = re.compile(r"- PEFT \S+|### Framework versions|## Training procedure|The following `bitsandbytes` quantization config was "
+                    r"used during training:|- (?:_?load_in|llm_int8|bnb_4bit|quant_method)\w*: .*|This is the model card of a .* "
+                    r"This model card has been automatically generated\.")
+
+
 def is_form(text: str) -> bool:
-    """Return whether a card is a form that a library left, filled in by nobody."""
-    return text.count("[More Information Needed]") >= 5 or "This model card has been generated automatically" in text
+    """Return whether a card is a form that a library left, filled in by nobody: no line is anybody's own."""
+    if "This model card has been generated automatically" in text:  # transformers' Trainer
+        return text.count("More information needed") >= 3
+    if "[More Information Needed]" not in text:
+        return False
+    form = re.sub(r'\{\{.*?default\("(.*?)", true\) *\}\}', r"\1", TEMPLATE_MODELCARD_PATH.read_text("utf-8"))
+    known = {line.strip() for line in form.splitlines()}
+    return all(line.strip() in known or _ADDED.fullmatch(line.strip()) for line in _HEAD.sub("", text, count=1).splitlines())
 
 
 def _split(readme: Path) -> tuple[str, str, str]:
     """Return front matter (with its dashes), body and line ending of a card; all empty for one that is not kept."""
-    text = readme.read_bytes().decode("utf-8-sig") if readme.is_file() else ""
+    text = card_text(readme)
     if is_form(text):
         text = ""
     end = "\r\n" if "\r\n" in text else "\n"
-    block = re.match(r"\s*---[ \t]*\r?\n.*?\r?\n---[ \t]*(?:\r?\n|$)", text, re.DOTALL)
+    block = _HEAD.match(text)
     return (block[0], text[block.end():], end) if block else ("", text, end)
 
 
@@ -179,7 +213,7 @@ def _section(folder: Path, facts: CardFacts, where: str, repo_id: str | None, gg
     config = CONFIG if facts.config else None
     if config:
         text = yaml.safe_dump(facts.config, sort_keys=False, allow_unicode=True, width=120)
-        (folder / CONFIG).write_text("# The configuration of the training run; paths and secrets are taken out.\n" + text, "utf-8")
+        (folder / CONFIG).write_text("# The configuration of the training run; home paths and secrets are taken out.\n" + text, "utf-8")
     prompt = card_sections.prompt_sample(folder, facts) if weights else None
     parts = [card_sections.summary(facts), card_sections.results(facts),
              card_sections.how_to_use(facts, where, gguf_files, repo_id, prompt, (folder / "Modelfile").is_file(), weights),
@@ -219,7 +253,8 @@ def write_card(folder: str | Path, facts: CardFacts, *, repo_id: str | None = No
         raise UserError(f"{folder} is not a folder, so no model card can be written into it.")
     readme = folder / "README.md"
     head, body, line_end = _split(readme)
-    theirs = front_matter(readme) if head else {}
+    front = front_matter(readme) if head else {}
+    theirs = _authors(front, body)
     chosen = _licence(facts, theirs, license, network)
     files = list(dict.fromkeys([*map(str, gguf_files), *sorted(path.name for path in folder.glob("*.gguf"))]))
     weights = any(folder.glob("*.safetensors")) or not files
@@ -227,8 +262,9 @@ def write_card(folder: str | Path, facts: CardFacts, *, repo_id: str | None = No
     placed(body, "", name, str(readme))  # broken marks are an error before anything is written
     ours = metadata(facts, name, chosen, [tags] if isinstance(tags, str) else tags, bool(files), not weights)
     merged = merged_metadata(theirs, ours, license is not None)
-    section = _section(folder, facts, repo_id or folder.resolve().name, repo_id, files, weights)
-    if merged != theirs:
+    section = _record(ours, theirs, chosen.source not in ("given", "the card")) + "\n" + _section(
+        folder, facts, repo_id or folder.resolve().name, repo_id, files, weights)
+    if merged != front:
         head = f"---\n{yaml_dump(merged).strip()}\n---\n\n".replace("\n", line_end)
         body = body.lstrip("\r\n")
     text = head + placed(body, section.replace("\n", line_end), name, str(readme)).replace("\r\n", "\n").replace("\n", line_end)

@@ -173,6 +173,9 @@ def read_checks(folder: Path) -> list[Check]:
     return saved + list(CheckLog.load(folder / "checks.jsonl"))
 
 # %% ../../nbs/export/14_card_facts.ipynb #8c2726ff
+_STATE = re.compile(r"\.weight\.(?:absmax|quant_map|nested_absmax|nested_quant_map|quant_state\..+)$")  # bitsandbytes' own
+
+
 def _weights_of(folder: Path, tied: bool = False) -> tuple[int | None, str | None]:
     """Return number of weights and most frequent type, from the headers of the safetensors files.
 
@@ -183,16 +186,19 @@ def _weights_of(folder: Path, tied: bool = False) -> tuple[int | None, str | Non
     for path in sorted(folder.glob("*.safetensors")):
         try:
             with safe_open(path, framework="pt") as file:
-                for name in file.keys():
-                    if tied and name == "lm_head.weight":
+                names = set(file.keys())
+                for name in names:
+                    if tied and name == "lm_head.weight" or _STATE.search(name):
                         continue
                     part = file.get_slice(name)
-                    sizes[part.get_dtype()] = sizes.get(part.get_dtype(), 0) + math.prod(part.get_shape())
+                    packed = f"{name}.absmax" in names and part.get_dtype() == "U8"  # two weights in a byte
+                    kind = "4-bit" if packed else part.get_dtype()
+                    sizes[kind] = sizes.get(kind, 0) + math.prod(part.get_shape()) * (2 if packed else 1)
         except (SafetensorError, OSError) as error:
             raise UserError(f"{path} cannot be read as safetensors ({error}); it is not a model to write a card for.") from None
-    names = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
+    known = {"F32": "float32", "BF16": "bfloat16", "F16": "float16", "F64": "float64"}
     kind = max(sizes, key=sizes.__getitem__) if sizes else None
-    return (sum(sizes.values()) or None), names.get(kind, kind.lower() if kind else None)
+    return (sum(sizes.values()) or None), known.get(kind, kind.lower() if kind else None)
 
 
 def has_template(folder: Path) -> bool:

@@ -145,7 +145,7 @@ def results(facts: CardFacts) -> str | None:
     if facts.measured_rows:
         said.append(f"Measured on {facts.measured_rows:,} held-out rows.")
         name, value = facts.metric.get("name"), facts.metric.get("value")
-        if name in SHARES and 0 <= value <= 1:
+        if name in SHARES and isinstance(value, int | float) and 0 <= value <= 1:
             low, high = wilson(value, facts.measured_rows)
             said.append(f"With so many rows, the {name.replace('_', ' ')} is known to lie between {low:.2f} and {high:.2f} (95 %).")
     if facts.metric.get("baseline_name"):

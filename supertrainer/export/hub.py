@@ -212,7 +212,7 @@ def check_push(repo_id: str, *, private: bool = True, public_ok: bool = False, c
         except RepositoryNotFoundError:
             found = None
         repo_id = repo_id if found is None else found.id  # a repository that was renamed answers by its new name
-        check_rights(repo_id, account, create_pr)
+        check_rights(repo_id, account, create_pr or (revision or "").startswith("refs/pr/"))  # an author may go on with a proposal
         check_visibility(repo_id, None if found is None else not found.private, private, public_ok)
         if found is None and (create_pr or (revision or "").startswith("refs/pr/")):
             raise UserError(f"A pull request proposes a change to a repository that is there, and {repo_id} is not.")
@@ -371,12 +371,13 @@ def push_folder(folder: str | Path, repo_id: str, *, private: bool = True, revis
     with _plain_words(repo_id):
         head = _make(client, target, private, revision)
         remote = remote_files(client, repo_id, head)
-        push, same = _plan(client, repo_id, branch, head, create_pr, files, remote, folder, keep_others)
-        commit, ref = head, branch
-        if push.files or push.deleted:
+    push, same = _plan(client, repo_id, branch, head, create_pr, files, remote, folder, keep_others)
+    commit, ref = head, branch
+    if push.files or push.deleted:
+        with _plain_words(repo_id):
             commit, ref = _commit(push, commit_message or "Upload with supertrainer", commit_description)
             remote = remote_files(client, repo_id, commit)
-        checks = compare(remote, files)
+    checks = compare(remote, files)
     if failed := [check for check in checks if not check.passed]:
         raise CheckFailed(*(f"{repo_id} at {commit[:8]} must not be relied on: {str(check)[5:]}" for check in failed))
     return Pushed(push.url(ref), repo_id, ref, commit, [file.name for file in files], same, push.deleted,

@@ -6,16 +6,18 @@
 __all__ = ['IDENTIFIERS', 'Licence', 'given_licence', 'front_matter', 'licence_of', 'inherited_licence', 'require_licence']
 
 # %% ../../nbs/export/15_licences.ipynb #a29de7ef
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import huggingface_hub
 import yaml
 from huggingface_hub import constants
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, RemoteEntryNotFoundError
 
 from .card_facts import Base
 from ..models.catalogue import get_entry
@@ -77,6 +79,14 @@ def given_licence(value: "str | Licence | Mapping[str, str]") -> Licence:
     return Licence(identifier, values.get("license_name"), values.get("license_link"))
 
 # %% ../../nbs/export/15_licences.ipynb #c2b91a32
+def card_text(path: Path) -> str:
+    """Return a card with its line ends as they are, empty if there is none; a `UserError` if it is not UTF-8."""
+    try:
+        return path.read_bytes().decode("utf-8-sig") if path.is_file() else ""
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is not UTF-8 text (byte {error.start}). Save it as UTF-8; the Hub reads nothing else.") from None
+
+
 def front_matter(readme: str | Path) -> dict[str, Any]:
     """Return the metadata at the top of a card, empty where there is none or no such file.
 
@@ -84,9 +94,7 @@ def front_matter(readme: str | Path) -> dict[str, Any]:
         UserError: the block is there and is not a YAML mapping.
     """
     path = Path(readme)
-    if not path.is_file():
-        return {}
-    block = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", path.read_text("utf-8-sig"), re.DOTALL)
+    block = re.match(r"\s*---[ \t]*\r?\n(.*?)\r?\n---[ \t]*(?:\r?\n|$)", card_text(path), re.DOTALL)
     try:
         values = yaml.safe_load(block[1]) if block else {}
     except yaml.YAMLError as error:
@@ -115,12 +123,23 @@ def licence_of(metadata: Mapping[str, Any], source: str, hub_id: str | None = No
 
 # %% ../../nbs/export/15_licences.ipynb #343b1d0d
 def _hub_card(base: Base, network: bool) -> Path | None:
-    """Return the file of a Hub base's card, None if it cannot be had."""
+    """Return the file of a Hub base's card, None if it has none, or none is here and the network is not allowed.
+
+    Raises:
+        UserError: the Hub was asked and did not say whether there is one.
+    """
     local_only = not network or constants.HF_HUB_OFFLINE
     try:
-        return Path(huggingface_hub.hf_hub_download(base.hub_id, "README.md", revision=base.revision, local_files_only=local_only))
-    except (EntryNotFoundError, LocalEntryNotFoundError, HfHubHTTPError, HFValidationError, OSError):
+        return Path(huggingface_hub.hf_hub_download(base.hub_id, "README.md", revision=base.revision, local_files_only=local_only,
+                                                    endpoint=os.environ.get("HF_ENDPOINT")))
+    except (RemoteEntryNotFoundError, HFValidationError):
         return None
+    except (LocalEntryNotFoundError, HfHubHTTPError, httpx2.HTTPError) as error:
+        if local_only:
+            return None
+        said = str(error.__cause__ or error).strip().splitlines()[0]
+        raise UserError(f"The card of the base {base.hub_id} could not be read ({said}), so its licence is not known. Try again, "
+                        "set HF_TOKEN if the base is gated or private, or say it: license='apache-2.0'.") from error
 
 
 def _gguf_licence(path: Path) -> Licence | None:

@@ -103,7 +103,7 @@ def save_gguf(model: torch.nn.Module, path: str | Path, method: str | Sequence[s
 def save_to_hub(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, private: bool = True, public_ok: bool = False,
                 revision: str | None = None, commit_message: str | None = None, commit_description: str | None = None,
                 create_pr: bool = False, license: Any = None, tags: Sequence[str] = (), gguf: str | Sequence[str] = (),
-                importance: Any = None, token: str | None = None, **save: Any) -> Pushed:
+                importance: Any = None, allow: Sequence[str] = (), token: str | None = None, **save: Any) -> Pushed:
     """Merge, make ready for inference, prove, describe and upload: one private repository that others can run at once.
 
     Args:
@@ -117,6 +117,7 @@ def save_to_hub(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, 
         tags: further tags of the model card.
         gguf: GGUF files to add, e.g. `["q8_0", "q4_k_m"]`.
         importance: see `save_gguf`.
+        allow: findings of the search for secrets that are meant to be public, e.g. `["README.md:e-mail address"]`.
         token: default: `HF_TOKEN`, or what `hf auth login` kept.
         save: `dtype`, `merge_base`, `adapters`, `max_shard_size`, `rows` of `merge.save_model`.
     Returns:
@@ -126,7 +127,7 @@ def save_to_hub(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, 
         CheckFailed: the merged model or a GGUF file does not answer as the model does; nothing is uploaded.
     """
     _require_known("save_to_hub", save, save_to_hub)
-    return _ship(model, repo_id, tokenizer, gguf_types(gguf), importance, save, license=license, tags=tags, private=private,
+    return _ship(model, repo_id, tokenizer, gguf_types(gguf), importance, save, license=license, tags=tags, allow=allow, private=private,
                  public_ok=public_ok, create_pr=create_pr, token=token, revision=revision, commit_message=commit_message,
                  commit_description=commit_description)
 
@@ -147,7 +148,7 @@ def _ship(model: torch.nn.Module, repo_id: str, tokenizer: Any, methods: Sequenc
 
 
 def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, base_model: str | None = None,
-                 license: Any = None, tags: Sequence[str] = (), **how: Any) -> Pushed:
+                 license: Any = None, tags: Sequence[str] = (), allow: Sequence[str] = (), **how: Any) -> Pushed:
     """Upload the adapter alone, with its tokenizer, a card, and a fingerprint of the base it belongs on.
 
     Args:
@@ -156,6 +157,7 @@ def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *,
         base_model: under which name others find the base; default: the name it was loaded by, unless that is a path here.
         license: default: that of the base.
         tags: further tags of the card.
+        allow: see `save_to_hub`.
         how: `base_revision`, `private`, `public_ok`, `revision`, `create_pr`, `token`, `commit_message`, `commit_description`.
     """
     refuse_others("push_adapter", {name: value for name, value in how.items() if name not in _ADAPTER}, {},
@@ -164,7 +166,7 @@ def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *,
     target = check_push(repo_id, **{name: how[name] for name in ("private", "public_ok", "create_pr", "token", "revision") if name in how})
 
     def prepare(desk: Path) -> None:
-        ship.describe(desk, ship.facts_of_folder(desk), target.repo_id, license=license, tags=tags, **account)
+        ship.describe(desk, ship.facts_of_folder(desk), target.repo_id, license=license, tags=tags, allow=allow, **account)
 
     return adapters.push_adapter(model, target.repo_id, _reader(model, tokenizer), base_model=base_model, prepare=prepare, **how)
 
@@ -173,7 +175,7 @@ _ADAPTER = ("base_revision", "private", "public_ok", "revision", "create_pr", "t
 
 # %% ../../nbs/export/31_methods.ipynb #84e182de
 OTHERS = {**NEUTRAL, "first_conversion": (None, "bf16", "f16", "f32"), "use_temp_dir": (None,)}
-_PUSH = ("revision", "commit_message", "commit_description", "create_pr", "tags", "token", "public_ok", "license")
+_PUSH = ("revision", "commit_message", "commit_description", "create_pr", "tags", "token", "public_ok", "license", "allow")
 
 
 def split_arguments(function: str, kwargs: dict[str, Any], save: Sequence[str]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -59,14 +59,18 @@ def looks_random(text: bytes, least: int = 12, bits: float = 3.0) -> bool:
     return len(text) >= least and bool(mixed) and entropy(text) >= bits
 
 # %% ../../nbs/export/12_secret_rules.ipynb #1dd86a15
+_ESCAPED = rb"(?<=\\[nrtbf])|(?<=\\u[0-9a-fA-F]{4})"  # JSON's line end is the letter n to a reader of bytes, and no part of a word
+
+
 def _token(kind: str, anchors: str, pattern: str, **options: Any) -> Rule:
     """Return the rule for a token that begins with one of `anchors`, not in the middle of a word."""
     return Rule(kind, tuple(anchor.lower().encode() for anchor in anchors.split()),
-                re.compile(rb"(?<![A-Za-z0-9_])(?:" + pattern.encode() + rb")"), **options)
+                re.compile(rb"(?:(?<![A-Za-z0-9_])|" + _ESCAPED + rb")(?:" + pattern.encode() + rb")"), **options)
 
 
 TOKENS = (
-    _token("Hugging Face token", "hf_ api_org_", r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}"),
+    _token("Hugging Face token", "hf_ api_org_", r"hf_(?:oauth|jwt)_eyJ[A-Za-z0-9_-]+(?:\.[A-Za-z0-9_-]+){1,2}|"
+           r"hf_(?:oauth_|jwt_)?[A-Za-z0-9]{30,}|api_org_[A-Za-z0-9]{30,}", after=4096),
     _token("key of OpenAI, Anthropic or alike", "sk-", r"sk-[A-Za-z0-9_-]{20,}",
            accepts=lambda match: looks_random(match[0], 24, 3.5)),
     _token("AWS access key", "akia asia abia acca", r"(?:AKIA|ASIA|ABIA|ACCA)[A-Z2-7]{16}", fold=True),
@@ -83,8 +87,9 @@ TOKENS = (
     _token("Replicate or Groq key", "r8_ gsk_", r"r8_[A-Za-z0-9]{37,}|gsk_[A-Za-z0-9]{40,}"),
     _token("Weights & Biases key", "wandb_v1_", r"wandb_v1_[A-Za-z0-9_]{30,}"),
     _token("JSON web token", "eyj", r"eyJ[A-Za-z0-9_-]{10,}\.eyJ[A-Za-z0-9_-]{10,}\.[A-Za-z0-9_-]{10,}", fold=True, after=4096),
-    _token("private key", "private key putty-user-key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----|"
-           r"PuTTY-User-Key-File-\d", fold=True, before=40),
+    _token("private key", "private key putty-user-key", r"-----BEGIN (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----"
+           r"(?:[A-Za-z0-9+/=:,.()\s\\-]{1,7900}?-----END (?:[A-Z0-9]+ )*PRIVATE KEY(?: BLOCK)?-----)?|"
+           r"PuTTY-User-Key-File-\d", fold=True, before=40, after=8000),
 )
 
 # %% ../../nbs/export/12_secret_rules.ipynb #2dc87236
@@ -131,13 +136,13 @@ def _is_address(match: re.Match[bytes]) -> bool:
 
 PERSONAL = (
     Rule("home path", (b"/home/", b"/users/", b"\\users\\", b"/root/"), re.compile(
-        rb"(?i:(?<![A-Za-z0-9_.~%})-])(?:file://)?/(?:home|users)/(?P<user>[a-z0-9_][a-z0-9_.-]*)|"
+        rb"(?i:(?:(?<![A-Za-z0-9_.~%})-])|" + _ESCAPED + rb")(?:file://)?(?:/(?:mnt|nfs|net|export|gpfs|lustre|beegfs|scratch|cluster|data|work|fs)\d*)?/(?:home|users)/(?P<user>[a-z0-9_][a-z0-9_.-]*)|"
         rb"(?<![A-Za-z0-9])[a-z]:\\{1,4}users\\{1,4}(?P<user2>[a-z0-9_][a-z0-9_.-]*))|"
-        rb"(?<![A-Za-z0-9_.~%})/-])/root(?=/[A-Za-z0-9_.])"), fold=True, before=16, after=80,
+        rb"(?:(?<![A-Za-z0-9_.~%})/-])|" + _ESCAPED + rb")/root(?=/[A-Za-z0-9_.])"), fold=True, before=24, after=80,
         accepts=lambda match: (match["user"] or match["user2"] or b"").lower() not in _NOBODY),
     Rule("e-mail address", (b"@",), re.compile(
-        rb"(?<![A-Za-z0-9._%+/:-])[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,4}"
-        rb"[A-Za-z]{2,24}(?![A-Za-z0-9_@:=-])"), before=72, after=200, accepts=_is_address),
+        rb"(?:(?<![A-Za-z0-9._%+/:-])|(?<=mailto:)|(?<=MAILTO:))[A-Za-z0-9][A-Za-z0-9._%+-]{0,63}@(?:[A-Za-z0-9](?:[A-Za-z0-9-]{0,61}[A-Za-z0-9])?\.){1,4}"
+        rb"[A-Za-z]{2,24}(?![A-Za-z0-9_@=-]|:[\w~/.])"), before=72, after=200, accepts=_is_address),
 )
 RULES = (*TOKENS, *NAMED, *PERSONAL)
 
@@ -192,7 +197,7 @@ def masked(found: Found) -> str:
         head, cut, user = re.match(r"(.*?(?:home|users|root)[/\\]*)(.?)(.*)", secret, re.IGNORECASE | re.DOTALL).groups()
         return f"{head}{cut}…" if user else f"{head}{cut}"
     if found.kind == "private key":
-        return secret
+        return re.match(r"-----BEGIN [A-Z0-9 ]+-----|PuTTY-User-Key-File-\d", secret)[0]
     shown = min(4, len(secret) // 4)
     return f"{secret[:shown]}… ({len(secret)} characters)"
 

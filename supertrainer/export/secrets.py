@@ -10,18 +10,19 @@ import codecs
 import fnmatch
 import gzip
 import io
+import lzma
 import math
 import os
 import re
 import struct
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from huggingface_hub.utils import DEFAULT_IGNORE_PATTERNS, filter_repo_objects
 from PIL import Image, UnidentifiedImageError
 
 from .secret_rules import Found, find, masked
@@ -184,7 +185,7 @@ def _image_texts(stream: BinaryIO) -> bytes:
     try:
         with Image.open(stream) as picture:
             values = [*picture.info.values(), *picture.getexif().values()]
-    except (UnidentifiedImageError, OSError, ValueError, SyntaxError, struct.error):
+    except (UnidentifiedImageError, Image.DecompressionBombError, OSError, ValueError, SyntaxError, struct.error):
         return b""
     return b"\n".join(value.encode("utf-8", "replace") if isinstance(value, str) else value
                       for value in values if isinstance(value, str | bytes))
@@ -264,7 +265,7 @@ def _scan_stream(stream: BinaryIO, path: str, size: int, depth: int = 0,
                 with member:
                     yield from _scan_stream(member, f"{path}/{inner}", _WHOLE, depth + 1, known or bool(reason))
             return
-        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError):
+        except (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, OSError, RuntimeError, NotImplementedError):
             stream.seek(0)
     is_text = b"\0" not in head or head.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
     if is_text and not name.endswith(".safetensors"):
@@ -273,6 +274,9 @@ def _scan_stream(stream: BinaryIO, path: str, size: int, depth: int = 0,
         yield from ((path, 0, found) for found in _binary_found(stream, head, name, size))
 
 # %% ../../nbs/export/13_secrets.ipynb #1a2b2634
+_PASSED_OVER = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store")
+
+
 def files_of(folder: str | Path) -> list[str]:
     """Return the files under `folder` that an upload would take, as relative paths with `/`, sorted.
 
@@ -282,8 +286,9 @@ def files_of(folder: str | Path) -> list[str]:
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder, so there is nothing to search for secrets.")
-    names = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
-    return sorted(filter_repo_objects(names, ignore_patterns=DEFAULT_IGNORE_PATTERNS))
+    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.as_posix() for path in found if not any(part in _PASSED_OVER for part in path.parts)
+                  and path.suffix not in (".part", ".incomplete", ".lock"))
 
 
 def _hits_of_file(folder: Path, name: str, allow: Sequence[str]) -> Iterator[Hit]:
@@ -294,7 +299,7 @@ def _hits_of_file(folder: Path, name: str, allow: Sequence[str]) -> Iterator[Hit
                 hit, secret = Hit(path, line, found.kind, masked(found)), found.secret
             else:
                 hit, secret = Hit(path, line, *found), ""
-            if secret in allow or any(fnmatch.fnmatchcase(hit.name, pattern) for pattern in allow):
+            if secret in allow or hit.name in allow or any(fnmatch.fnmatchcase(hit.name, pattern) for pattern in allow):
                 continue
             count += 1
             yield hit

@@ -183,16 +183,17 @@ def _drop_weights(desk: Path) -> None:
 
 
 def describe(desk: Path, facts: CardFacts, repo_id: str, *, license: Any = None, tags: Sequence[str] = (),
-             gguf: Sequence[str] = (), token: str | None = None, revision: str | None = None) -> None:
+             gguf: Sequence[str] = (), token: str | None = None, revision: str | None = None, allow: Sequence[str] = ()) -> None:
     """Write the card of what is to be uploaded, keeping what people wrote on the one that is there, and search for secrets."""
     _remote_readme(repo_id, revision, token, desk)
     write_card(desk, facts, repo_id=repo_id, license=license, tags=tags, gguf_files=gguf, network=True)
-    require_clean(desk)
+    require_clean(desk, allow=allow)
 
 
 def push(folder: str | Path, repo_id: str, *, gguf: Sequence[Path] = (), checks: Sequence[Check] = (),
          license: Any = None, tags: Sequence[str] = (), family: str | None = None, run_dir: str | Path | None = None,
-         only_gguf: bool = False, token: str | None = None, revision: str | None = None, **how: Any) -> Pushed:
+         only_gguf: bool = False, allow: Sequence[str] = (), token: str | None = None, revision: str | None = None,
+         **how: Any) -> Pushed:
     """Upload a model folder with its card, after the folder was judged and searched for secrets.
 
     Args:
@@ -205,6 +206,7 @@ def push(folder: str | Path, repo_id: str, *, gguf: Sequence[Path] = (), checks:
         family: what the model is for; default: read from it.
         run_dir: the run that made it; default: found beside the folder.
         only_gguf: upload the GGUF files and the card, not the folder's weights.
+        allow: findings of the search for secrets that are meant to be public, e.g. `["README.md:e-mail address"]`.
         token: default: `HF_TOKEN`, or what `hf auth login` kept.
         revision: a branch.
         how: `private`, `public_ok`, `create_pr`, `commit_message`, `commit_description` of `hub.push_folder`.
@@ -225,7 +227,8 @@ def push(folder: str | Path, repo_id: str, *, gguf: Sequence[Path] = (), checks:
             (desk / "Modelfile").write_text(modelfile(first, folder, *projectors), "utf-8")
         if only_gguf:
             _drop_weights(desk)
-        describe(desk, facts, target.repo_id, license=license, tags=tags, gguf=[path.name for path in gguf], token=token, revision=revision)
+        describe(desk, facts, target.repo_id, license=license, tags=tags, gguf=[path.name for path in gguf],
+                 token=token, revision=revision, allow=allow)
         done = push_folder(desk, target.repo_id, token=token, revision=revision, **how)
     log.info("uploaded: %s", done.url)
     done.checks = [*ready, *checks, *done.checks]

@@ -24,6 +24,7 @@ from huggingface_hub.errors import HfHubHTTPError
 from huggingface_hub.utils import filter_repo_objects, parse_ratelimit_headers
 
 from ..check import Check
+from .secrets import files_of as file_names
 from ..runtime import UserError, get_logger, human_seconds
 
 log = get_logger("hub")
@@ -79,9 +80,10 @@ def pause_after(error: BaseException, attempt: int) -> float | None:
     asked = headers.get("Retry-After", "")
     if asked.isdigit():
         return float(asked)
-    if asked and (moment := email.utils.parsedate_to_datetime(asked)):
-        return max(0.0, moment.timestamp() - time.time())
-    return float(2**attempt)
+    try:
+        return max(0.0, email.utils.parsedate_to_datetime(asked).timestamp() - time.time())
+    except ValueError:  # no such header, or neither seconds nor a date
+        return float(2**attempt)
 
 
 def pause(error: BaseException, attempt: int, tries: int = TRIES) -> None:
@@ -103,7 +105,6 @@ def patiently(ask: Callable[..., Any], *args: Any, tries: int = TRIES, **kwargs:
 
 # %% ../../nbs/export/19_uploads.ipynb #8749b567
 LARGEST_FILE = 500 * 10**9  # bytes
-_PASSED_OVER = (".git", ".cache", "__pycache__", ".ipynb_checkpoints", ".DS_Store")
 
 
 class LocalFile:
@@ -153,13 +154,6 @@ class LocalFile:
         return there.lfs.sha256 == self.sha256 if there.lfs else there.blob_id == self.blob_id
 
 # %% ../../nbs/export/19_uploads.ipynb #2f384ded
-def file_names(folder: Path) -> list[str]:
-    """Return the paths in `folder` of the files an upload takes, sorted."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(path.as_posix() for path in found if not any(part in _PASSED_OVER for part in path.parts)
-                  and path.suffix not in (".part", ".incomplete", ".lock"))
-
-
 def local_files(folder: str | Path, allow_patterns: Sequence[str] | str | None = None,
                 ignore_patterns: Sequence[str] | str | None = None) -> list[LocalFile]:
     """Return the files of a folder that an upload takes.
@@ -202,7 +196,7 @@ def compare(remote: dict[str, Any], files: Iterable[LocalFile]) -> list[Check]:
     """
     files = list(files)
     missing = [file.name for file in files if file.name not in remote]
-    differ = [file.name for file in files if file.name in remote and not file.is_in(remote)]
+    differ = [file.name for file in files if file.name in remote and file.path.is_file() and not file.is_in(remote)]
     changed = [file.name for file in files if file.changed]
     told = [f"{', '.join(names[:4])}{' …' if len(names) > 4 else ''} {word}" for names, word in (
             (missing, "not there (does a .gitignore in the repository name it?)"), (differ, "differ")) if names]

@@ -14,6 +14,7 @@ from pathlib import Path
 from string import Template
 
 from .card_facts import CardFacts
+from ..config.selection import override
 
 # %% ../../nbs/export/16_usage.ipynb #df7b74f3
 PIPELINES = {"classification": "text-classification", "multi_label": "text-classification", "regression": "text-classification",
@@ -170,7 +171,8 @@ def supertrainer_code(facts: CardFacts, where: str) -> str | None:
         return None
     row = row or ({"text": "It rains.", "text_pair": "The street is wet."} if facts.pairs else {"text": TEXT})
     key = {"chat": "answer", "vision": "answer"}.get(facts.what)
-    system = f', "system=" + {json.dumps(json.dumps(facts.system, ensure_ascii=False), ensure_ascii=False)}' if facts.system else ""
+    word = override("system", facts.system.replace("${", "\\${"), "text") if facts.system else ""  # no interpolation
+    system = f", {json.dumps(word, ensure_ascii=False)}" if word else ""
     shown = f'answers[0]["{key}"]' if key else "answers[0]"
     return "\n".join(["from supertrainer import compose, infer", "",
                       f'cfg = compose("infer", {json.dumps("model.path=" + where)}{system})',
