@@ -13,11 +13,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, ProcessorMixin
 
 from .. import chat
 from ..check import Check
 from ..models.info import info
+from ..models.lengths import longest_input
 from ..models.padding import spare_tokens
 from ..models.processor import load_processor
 from ..runtime import UserError
@@ -67,12 +68,6 @@ def spare_pad(tokenizer: Any, avoid: Sequence[int]) -> str | None:
 SIDES = {"bert": "right", "llm": "left", "mllm": "left"}
 
 
-def _positions(config: PreTrainedConfig) -> int | None:
-    """How many positions the model was made for, if its config says so."""
-    found = getattr(config.get_text_config(), "max_position_embeddings", None)
-    return found if isinstance(found, int) and found > 0 else None
-
-
 def ready_tokenizer(tokenizer: Any, family: str, config: PreTrainedConfig) -> Any:
     """A copy of a tokenizer or processor as it should be saved; the original keeps its training settings.
 
@@ -95,7 +90,7 @@ def ready_tokenizer(tokenizer: Any, family: str, config: PreTrainedConfig) -> An
     pad = spare_pad(inner, [] if end is None else [end])
     if pad or inner.pad_token is None:
         inner.pad_token = pad or inner.eos_token
-    limit = _positions(config)
+    limit = longest_input(config)
     if limit and not 0 < inner.model_max_length <= limit:
         inner.model_max_length = limit
     for leftover in ("name_or_path", "is_local", "local_files_only"):
@@ -336,7 +331,7 @@ def _check_tokenizer(directory: Path, family: str, config: dict) -> list[Check]:
         stops = [stops] if isinstance(stops, int) else stops or []
         needed = stop_ids(tokenizer)
         checks.append(Check("generation stops at the end of a turn", set(needed) <= set(stops), str(stops), str(needed)))
-    limit = (config.get("text_config") or config).get("max_position_embeddings")
+    limit = longest_input(AutoConfig.from_pretrained(directory, local_files_only=True))
     if limit:
         fits = 0 < tokenizer.model_max_length <= limit
         checks.append(Check("longest input fits the model", fits, tokenizer.model_max_length, limit))

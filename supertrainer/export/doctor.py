@@ -7,11 +7,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable
-from functools import partial
 from pathlib import Path
 
 import httpx2
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
 from .findings import Examination, Finding
@@ -36,7 +35,7 @@ from supertrainer.export.silent import (
     judge_template_prints,
     judge_zeros,
 )
-from .weight_findings import judge_fit, judge_values, judge_weight_files
+from .weight_findings import FROM_NUMBERS, judge_fit, judge_values, judge_weight_files
 from .weights import INDEX, SINGLE
 from ..models.families import get_family
 from ..models.sources import model_folder, resolve
@@ -61,9 +60,10 @@ def _ask(judge: object, *args: object) -> list[Finding]:
                     "The folder is unlike anything the doctor knows here; other programs may stumble too.")]
 
 
-def judge_folder(folder: Path, family: str | None, values: bool = True) -> tuple[str, str | None, list[Finding]]:
-    """What a folder holds, its family, and everything that can be found out about it."""
-    opened = Opened(folder, family)
+def judge_folder(folder: Path, family: str | None, values: bool = True,
+                 elsewhere: Iterable[str] = ()) -> tuple[str, str | None, list[Finding]]:  # fmt: skip
+    """What a folder holds, its family, and everything that can be found out about it; `elsewhere`: see `Opened`."""
+    opened = Opened(folder, family, elsewhere)
     whole = {SINGLE, INDEX} & set(opened.names)
     if "adapter_config.json" in opened.names and ("config.json" not in opened.names or (ADAPTER in opened.names and not whole)):
         opened.family = family or family_of_adapter(opened.json("adapter_config.json"))
@@ -96,6 +96,12 @@ def _from_hub(repo_id: str) -> Path:
         raise UserError(f"{repo_id}: there is no such folder, and the Hub does not give a model of that name: {said}") from None
 
 
+def _not_downloaded(repo_id: str, folder: Path) -> list[str]:
+    """Names of the files of a Hub model that its snapshot lacks; none where the Hub cannot be asked, as offline."""
+    tried = attempt(lambda: HfApi(endpoint=os.environ.get("HF_ENDPOINT")).list_repo_files(repo_id, revision=folder.name))
+    return [name for name in tried.value or () if "/" not in name and not (folder / name).exists()]
+
+
 def _cached_name(folder: Path) -> str | None:
     """The Hub id of a snapshot in a cache of huggingface_hub, None for any other folder."""
     repository = folder.resolve().parent.parent.name
@@ -120,27 +126,28 @@ def find_model(path_or_id: str | os.PathLike) -> tuple[Path, str]:
     return (_from_hub(source.name), "hub") if source.kind == "hub" else (source.path, "here")
 
 # %% ../../nbs/export/11_doctor.ipynb #5592cdfd
-def _treat(folder: Path, family: str | None, findings: list[Finding], values: bool) -> tuple[list[Finding], list[Path], str]:
+def _treat(folder: Path, family: str | None, findings: list[Finding]) -> tuple[list[Finding], list[Path], str]:
     """Mend what can be mended; return the findings of the folder as it is then, the changed files and what went amiss."""
     changed: list[Path] = []
     mended: set[str] = set()
+    errors: list[str] = []
+    read = [finding for finding in findings if finding.name in FROM_NUMBERS]  # a repair touches no weight: they stay true
     for _ in range(3):
         to_mend = [finding for finding in findings if not finding.passed and finding.mend
                    and finding.name not in mended]
         if not to_mend:
             break
-        desk, errors = Desk(folder), []
+        desk = Desk(folder)
         for finding in to_mend:
-            tried = attempt(partial(finding.mend, desk))
-            errors += [tried.error] if tried.error else []
+            said = desk.mend(finding.mend)
+            errors += [said] if said and said not in errors else []
             mended.add(finding.name)
         changed += [path for path in desk.write() if path not in changed]
-        findings = judge_folder(folder, family, values)[2]
-        if errors:
-            return findings, changed, f"Could not be repaired: {'; '.join(errors)}."
+        findings = judge_folder(folder, family, values=False)[2] + read
     for finding in findings:
         finding.repaired = finding.passed and finding.name in mended
-    return findings, changed, f"The originals are kept as NAME{SUFFIX}." if changed else ""
+    said = [f"Could not be repaired: {'; '.join(errors)}."] if errors else []
+    return findings, changed, " ".join([*said, *([f"The originals are kept as NAME{SUFFIX}."] if changed else [])])
 
 
 def examine(path_or_id: str | os.PathLike, *, fix: bool = False, family: str | None = None, values: bool = True) -> Examination:
@@ -164,12 +171,13 @@ def examine(path_or_id: str | os.PathLike, *, fix: bool = False, family: str | N
     if place.is_file():
         hint = "A GGUF file is not repaired: write it again from the model's folder." if fix else ""
         return Examination(os.fspath(path_or_id), "GGUF file", family, _ask(judge_gguf, place, values), hint=hint)
-    what, family_found, findings = judge_folder(place, family, values)
+    elsewhere = _not_downloaded(os.fspath(path_or_id), place) if origin == "hub" and not Path(path_or_id).exists() else ()
+    what, family_found, findings = judge_folder(place, family, values, elsewhere)
     seen = Examination(os.fspath(path_or_id), what, family_found, findings)
     can = any(not finding.passed and finding.mend for finding in findings)
     if origin == "hub" and can:
         seen.hint = (f"A copy in the cache is never repaired. `hf download {_cached_name(place) or path_or_id} --local-dir FOLDER`, then `supertrainer doctor "
                      "FOLDER --fix`, then upload the folder.")
     elif fix and can:
-        seen.findings, seen.changed, seen.hint = _treat(place, family, findings, values)
+        seen.findings, seen.changed, seen.hint = _treat(place, family, findings)
     return seen

@@ -19,7 +19,14 @@ from ..runtime import UserError, human_mb
 __all__ = ['appear_whole', 'require_space']
 
 # %% ../../nbs/export/03_folder.ipynb #c1a7acb9
-_MODEL_SUFFIXES = {".safetensors", ".bin", ".pt", ".json", ".jinja", ".model", ".txt"}
+_OF_A_SAVE = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "config.json", "generation_config.json",
+              "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt", "spiece.model", "*.bpe.model",
+              "*.jinja", "*processor_config.json", "supertrainer_*.json", "training_args.bin")
+
+
+def _is_of_a_save(path: Path) -> bool:
+    """Whether a model save writes files of this name; everything else is people's own."""
+    return path.is_file() and any(path.match(pattern) for pattern in _OF_A_SAVE)
 
 
 def _refuse_foreign(target: Path) -> None:
@@ -60,7 +67,7 @@ def _exchange(finished: Path, target: Path) -> None:
     aside = target.with_name(f".{target.name}.previous")
     if target.is_dir():
         for path in target.iterdir():
-            if path.suffix not in _MODEL_SUFFIXES and not (finished / path.name).exists():
+            if not _is_of_a_save(path) and not (finished / path.name).exists():
                 copy_of = shutil.copytree if path.is_dir() else shutil.copy2
                 copy_of(path, finished / path.name)
         target.replace(aside)

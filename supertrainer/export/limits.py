@@ -14,10 +14,10 @@ from .contract import SAMPLING
 from .findings import Finding
 from .opened import Opened, attempt
 from .settings import Editable
-from ..models.lengths import position_limit, rope_rules
+from ..models.lengths import longest_input, position_limit, rope_rules
 
 # %% auto #0
-__all__ = ['AFTER_PADDING', 'judge_generation', 'longest_input', 'judge_length']
+__all__ = ['judge_generation', 'judge_length']
 
 # %% ../../nbs/export/10c2_limits.ipynb #30960874
 _TOKEN_KEYS = ("eos_token_id", "pad_token_id", "bos_token_id", "decoder_start_token_id")
@@ -63,24 +63,9 @@ def judge_generation(opened: Opened) -> Iterator[Finding]:
                       "--fix takes max_length out", mend=lambda desk: desk.edit("generation_config.json").pop("max_length", None))
 
 # %% ../../nbs/export/10c2_limits.ipynb #539cd594
-AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm", "longformer",
-                  "ibert", "mpnet", "esm", "luke", "xmod", "lilt", "layoutlmv3", "markuplm"}
-
-
-def longest_input(opened: Opened) -> int | None:
-    """Tokens that the model serves, None if nothing limits it."""
-    if opened.config is None or (limit := position_limit(opened.config)) is None:
-        return None
-    if opened.config.model_type in AFTER_PADDING:
-        return limit - (opened.config.pad_token_id or 0) - 1
-    stretched = [rule.get("factor", 1) * rule["original_max_position_embeddings"] for rule in rope_rules(opened.config).values()
-                 if rule.get("rope_type") == "yarn" and rule.get("original_max_position_embeddings")]
-    return int(max([limit, *stretched]))
-
-
 def judge_length(opened: Opened) -> Iterator[Finding]:
     """Whether the tokenizer's longest input fits the model, and whether it cuts texts by itself."""
-    limit, length = attempt(lambda: longest_input(opened)).value, opened.tokenizer.model_max_length
+    limit, length = attempt(lambda: longest_input(opened.config)).value, opened.tokenizer.model_max_length
     if limit:
         absolute = not attempt(lambda: rope_rules(opened.config)).value
         open_ended = length > 10**9

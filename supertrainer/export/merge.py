@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,6 +35,7 @@ from .fingerprint import record_base
 from .folder import appear_whole, require_space
 from .reload import logits_of
 from .rounding import Compared, RoundedBase
+from .trained import floating_type, is_quantised, no_repacking, trained_logits, weight_dtype
 from .weights import split_into_shards
 from .writing import four_bit_config, quantise_folder, write_folder
 from ..models import base as models_base
@@ -42,49 +44,25 @@ from ..patching import plain_model
 from ..runtime import UserError, did_you_mean, get_logger
 
 # %% auto #0
-__all__ = ['STATED', 'FOUR_BIT', 'MERGE_BASES', 'SAVE_METHODS', 'NEUTRAL', 'is_quantised', 'weight_dtype', 'no_repacking',
-           'trained_logits', 'Job', 'check_merge_base', 'save_model', 'labels_of', 'refuse_others',
-           'save_pretrained_merged', 'adapter_checks', 'base_checks', 'save_lora']
-
-# %% ../../nbs/export/04_merge.ipynb #1ca6b0ca
-def is_quantised(model: torch.nn.Module) -> bool:
-    """Whether the base's weights are held in 4 or 8 bits."""
-    return bool(getattr(plain_model(model), "is_quantized", False))
-
-
-def weight_dtype(model: torch.nn.Module) -> torch.dtype:
-    """The floating type most of the base's weights have; adapters, often kept finer, do not count."""
-    sizes: dict[torch.dtype, int] = {}
-    for name, parameter in model.named_parameters():
-        if parameter.is_floating_point() and ".lora_" not in name and ".modules_to_save." not in name:
-            sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    return max(sizes, key=sizes.__getitem__)
-
-# %% ../../nbs/export/04_merge.ipynb #52db7e0a
-STATED, FOUR_BIT = verify.Limits(None, None, None), verify.Limits(None, 2.0, None)
-
-
-@contextlib.contextmanager
-def no_repacking(model: torch.nn.Module) -> Iterator[None]:
-    """Keep bitsandbytes from repacking 4-bit weights inside the block; what was repacked before stays so."""
-    flag = "support_avx512bf16_for_cpu"
-    switched = [module for module in model.modules() if getattr(module, flag, False)]
-    for module in switched:
-        setattr(module, flag, False)
-    try:
-        yield
-    finally:
-        for module in switched:
-            setattr(module, flag, True)
-
-
-def trained_logits(model: torch.nn.Module, rows: Sequence[Mapping[str, torch.Tensor]]) -> list[torch.Tensor]:
-    """Logits of the trained model as it stands; computing them changes nothing in it."""
-    with torch.no_grad(), no_repacking(model):
-        return logits_of(model, rows)
+__all__ = ['STATED', 'FOUR_BIT', 'MERGE_BASES', 'SAVE_METHODS', 'NEUTRAL', 'refuse_own_base', 'Job', 'check_merge_base',
+           'save_model', 'labels_of', 'refuse_others', 'save_pretrained_merged', 'adapter_checks', 'base_checks',
+           'save_lora']
 
 # %% ../../nbs/export/04_merge.ipynb #404478a8
+STATED, FOUR_BIT = verify.Limits(None, None, None), verify.Limits(None, 2.0, None)
 MERGE_BASES = ("original", "dequantized")
+
+
+def refuse_own_base(model: torch.nn.Module, directory: str | Path) -> None:
+    """Refuse to save an adapter, or a merge, over the folder that its base is read from: the base would be gone.
+
+    Raises:
+        UserError: says so.
+    """
+    own = getattr(plain_model(model).config, "name_or_path", "")
+    if isinstance(model, peft.PeftModel) and own and Path(own).is_dir() and Path(own).resolve() == Path(directory).resolve():
+        raise UserError(f"{directory} holds the base of this adapter, which the save would replace: the adapter could not be "
+                        "loaded again, nor merged a second time. Save into another folder.")
 
 
 @dataclass
@@ -149,7 +127,7 @@ def _require_all(checks: Sequence[Check], log: CheckLog) -> None:
 def _prove(job: Job, ready: Any, directory: Path, expected: Mapping[str, str], limits: verify.Limits, name: str,
            four_bit: bool = False) -> list[Check]:  # fmt: skip
     """The checks of a folder: reloaded in a fresh process, and its settings."""
-    device = next(job.model.parameters()).device.type
+    device = verify.device_for(job.model, sum((directory / name).stat().st_size for name in os.listdir(directory)))
     checks = verify.verify_folder(directory, job.family, job.rows, job.trained, expected, limits, name=name,
                                   dtype=None if four_bit else job.dtype, reader=ready.tokenizer, device=device)  # fmt: skip
     settings = check_contract(directory, job.family)
@@ -215,8 +193,9 @@ def save_model(
         CheckFailed: the saved model is not the trained one; nothing is left behind.
         UserError: no room, a folder that is not ours, or nothing that can be saved.
     """
-    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype or weight_dtype(model)
+    dtype = floating_type(dtype) or weight_dtype(model)
     check_merge_base(model, merge_base)
+    refuse_own_base(model, directory)
     split_into_shards({}, max_shard_size)  # a wrong size is said before anything is computed
     weights, shell, quantised = check_adapters(model, adapters), make_shell(model), is_quantised(model)
     copies = 1 + quantised + four_bit
@@ -380,6 +359,7 @@ def save_lora(model: peft.PeftModel, tokenizer: Any, directory: str | Path, *, f
     if not isinstance(model, peft.PeftModel):
         raise UserError("save_method='lora' saves an adapter, and this model has none. Use save_method='merged_16bit'.")
     name = active_adapter(model)
+    refuse_own_base(model, directory)
     with appear_whole(directory) as hidden:
         save_adapter(model, hidden, name)
         record_base(model, hidden)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -135,11 +135,12 @@ class Opened:
 
     Attributes:
         names: the files in it.
+        elsewhere: names of files that belong to it and were not downloaded.
         family: None when the model is of none of the three.
     """
 
-    def __init__(self, folder: Path, family: str | None = None) -> None:
-        self.folder = Path(folder)
+    def __init__(self, folder: Path, family: str | None = None, elsewhere: Iterable[str] = ()) -> None:
+        self.folder, self.elsewhere = Path(folder), tuple(elsewhere)
         self.names = sorted(path.name for path in self.folder.iterdir() if path.is_file())
         self._json: dict[str, Tried] = {}
         self.family = family or (attempt(lambda: family_of_config(self.json("config.json"))).value if self.json("config.json") else None)
@@ -216,9 +217,12 @@ class Opened:
 
     @cached_property
     def packed(self) -> bool:
-        """Whether the weights are quantised: some matrix is stored as integers or in 8-bit floats."""
-        exact = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-        return any(self.weights.dtype(name) not in exact and self.weights.nbytes(name) > 64 and "position_ids" not in name
+        """Whether the weights are quantised: some matrix is stored as short integers or in 8-bit floats.
+
+        Position numbers (int64) and causal masks, which older checkpoints hold as `attention.bias`, are none.
+        """
+        others = (torch.float16, torch.bfloat16, torch.float32, torch.float64, torch.int64, torch.bool)
+        return any(self.weights.dtype(name) not in others and self.weights.nbytes(name) > 64 and not name.endswith(".bias")
                    for name in self.weights.names()) if self.weights else False
 
     @cached_property

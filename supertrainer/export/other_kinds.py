@@ -60,12 +60,13 @@ def judge_adapter_settings(opened: Opened) -> Iterator[Finding]:
     if tried.error or not stored or not isinstance(tried.value, peft.LoraConfig):
         return
     config = tried.value
-    ranks = {place.shape[0] for name, place in stored.items() if "lora_A." in name or "lora_embedding_A" in name}
+    ranks = {place.shape[0] for name, place in stored.items()
+             if ("lora_A." in name or "lora_embedding_A" in name) and not _is_block(name.partition(".lora_")[0], config)}
     yield Finding("ranks are those of the weights", ranks <= {config.r, *config.rank_pattern.values()}, ranks,
                   [config.r, *config.rank_pattern.values()], explanation="PEFT stops with a size mismatch.",
                   repair="Take adapter_config.json that was saved with these weights: r also scales what the adapter adds.")
     layers = {name.partition(".lora_")[0] for name in stored if ".lora_" in name}
-    lost = sorted(layer for layer in layers if not _targeted(layer, config))
+    lost = sorted(layer for layer in layers if not _targeted(layer, config) and not _is_block(layer, config))
     yield Finding("every stored layer is named", not lost, lost or f"{len(layers)} layers", "target_modules covers them",
                   explanation="PEFT leaves these layers out without an error: part of what was trained is lost.",
                   repair="Write the names of the layers into target_modules in adapter_config.json.")
@@ -81,9 +82,16 @@ def _targeted(layer: str, config: peft.LoraConfig) -> bool:
     return any(path == target or path.endswith(f".{target}") for target in targets)
 
 
+def _is_block(layer: str, config: peft.LoraConfig) -> bool:
+    """Whether a layer is one whose parameters `target_parameters` names: a block of experts, with `r` rows for each."""
+    path = layer.removeprefix("base_model.model.").replace(".base_layer", "")
+    blocks = [target.rpartition(".")[0] for target in getattr(config, "target_parameters", None) or ()]
+    return any(path == block or path.endswith(f".{block}") for block in blocks if block)
+
+
 def judge_adapter_weights(opened: Opened, values: bool = True) -> Iterator[Finding]:
     """Whether the adapter's weights are there, whole, finite, and not all zero."""
-    pickles = [name for name in opened.names if name.endswith(PICKLES)]
+    pickles = [name for name in (*opened.names, *opened.elsewhere) if name.endswith(PICKLES)]
     if pickles:
         yield Finding("no pickled files", False, pickles, "none", "risk" if ADAPTER in opened.names else "wrong",
                       "Opening such a file runs whatever code is in it, so many loaders refuse it.",

@@ -14,8 +14,9 @@ from transformers.models.auto import modeling_auto
 
 from .contract import SIDES, end_of_turn_id, spare_pad, stop_ids
 from .findings import Finding
-from .limits import AFTER_PADDING, judge_generation, judge_length
+from .limits import judge_generation, judge_length
 from .opened import Opened, attempt
+from ..models.lengths import AFTER_PADDING
 from .settings import SETTINGS, Editable, parts_of
 
 # %% auto #0

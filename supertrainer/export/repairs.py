@@ -10,10 +10,11 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from .opened import read_json
+from .opened import attempt, read_json
 from ..runtime import UserError
 
 # %% auto #0
@@ -73,6 +74,14 @@ class Desk:
             self._before[name] = tried.value or {}
             self._after[name] = copy.deepcopy(self._before[name])
         return self._after[name]
+
+    def mend(self, action: Callable[[Desk], None]) -> str:
+        """Let `action` edit; when it stumbles, what it had edited is taken back and the reason returned."""
+        before = copy.deepcopy(self._after)
+        tried = attempt(lambda: action(self))
+        if tried.error:
+            self._after = before
+        return tried.error
 
     def write(self) -> list[Path]:
         """Write the files that changed, each whole, the originals kept; return them.

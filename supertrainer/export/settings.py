@@ -158,7 +158,9 @@ def judge_paths(opened: Opened) -> Iterator[Finding]:
 
     yield Finding("no paths of another machine", not found, [f"{name}: {key}={value}" for name, key, value in found], "none", "risk",
                   "They tell strangers about your machine, and what follows them fails elsewhere.",
-                  "--fix takes them out" if can_go else "Take them out of the file.", mend=mend if len(can_go) == len(found) else None)
+                  "Take them out of the file." if not can_go else "--fix takes them out" if len(can_go) == len(found) else
+                  f"--fix takes out {', '.join(sorted({key for _, key, _ in can_go}))}; take the others out yourself.",
+                  mend=mend if can_go else None)
 
 # %% ../../nbs/export/10c_settings.ipynb #47c945af
 def _stored_type(opened: Opened) -> str | None:

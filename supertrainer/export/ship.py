@@ -127,7 +127,7 @@ def staged(folder: str | Path, extra: Iterable[Path] = ()) -> Iterator[Path]:
     folder = Path(folder).resolve()
     beside = folder.parent if os.access(folder.parent, os.W_OK) else None  # a mounted model may lie where nobody writes
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.upload-", dir=beside) as made:
-        sources = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and path.suffix != SUFFIX}
+        sources = {path.relative_to(folder): path for path in folder.rglob("*") if path.is_file() and SUFFIX not in path.name}
         sources |= {Path(path.name): Path(path) for path in extra}
         for name, source in sources.items():
             target = Path(made) / name

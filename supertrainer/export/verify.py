@@ -29,8 +29,8 @@ from ..runtime import UserError
 
 # %% auto #0
 __all__ = ['SENTENCES', 'CHECKS_FILE', 'Difference', 'compare_logits', 'Limits', 'limits_for', 'difference_checks', 'as_rows',
-           'sample_conversation', 'default_rows', 'Answer', 'ask_stranger', 'verify_folder', 'keep_checks',
-           'kept_checks']
+           'sample_conversation', 'default_rows', 'Answer', 'device_for', 'ask_stranger', 'verify_folder',
+           'keep_checks', 'kept_checks']
 
 # %% ../../nbs/export/02_verify.ipynb #999e3483
 @dataclass(frozen=True)
@@ -231,6 +231,14 @@ class Answer:
     transformers: str
 
 
+def device_for(model: torch.nn.Module, nbytes: int) -> str:
+    """Where a fresh process can hold `nbytes` of weights beside `model`: its device, or the CPU when that is too full."""
+    device = next(model.parameters()).device
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < 1.2 * nbytes + 1e9:  # and CUDA's own gigabyte
+        return "cpu"
+    return "cpu" if device.type == "meta" else str(device)
+
+
 def ask_stranger(
     directory: str | Path,
     family: str,
@@ -273,6 +281,9 @@ def ask_stranger(
         child = subprocess.run(command, cwd=desk, env=offline, capture_output=True, text=True, errors="replace")
         if child.returncode:
             last = "\n".join(child.stderr.strip().splitlines()[-6:])
+            if child.returncode < 0:
+                last = (f"It was killed by signal {-child.returncode}; 9 mostly means that the memory of this machine is full. The "
+                        f"check loads the saved model a second time: free memory, or save on a larger machine.\n{last}").strip()
             raise CheckFailed(f"Plain transformers cannot load and run the saved folder (exit {child.returncode}):\n{last}")
         logits = load_file(Path(desk, "logits.safetensors"))
         answer = json.loads(Path(desk, "answer.json").read_text("utf-8"))

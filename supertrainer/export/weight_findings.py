@@ -14,7 +14,7 @@ from .opened import Opened, attempt
 from .weights import INDEX, SINGLE
 
 # %% auto #0
-__all__ = ['PICKLES', 'judge_weight_files', 'judge_fit', 'not_finite', 'judge_values']
+__all__ = ['PICKLES', 'FROM_NUMBERS', 'judge_weight_files', 'judge_fit', 'not_finite', 'judge_values']
 
 # %% ../../nbs/export/10e_weight_findings.ipynb #3452b75d
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
@@ -22,7 +22,7 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 def judge_weight_files(opened: Opened) -> Iterator[Finding]:
     """Whether the weights are in safetensors, once, and whole; and nothing that runs code lies beside them."""
-    pickles = [name for name in opened.names if name.endswith(PICKLES)]
+    pickles = [name for name in (*opened.names, *opened.elsewhere) if name.endswith(PICKLES)]
     only_pickles = bool(pickles) and opened.weights is None and not {SINGLE, INDEX} & set(opened.names)
     yield Finding("no pickled files", not pickles, pickles, "none", "wrong" if only_pickles else "risk",
                   "Opening such a file runs whatever code is in it, so many loaders and scanners refuse it"
@@ -30,8 +30,8 @@ def judge_weight_files(opened: Opened) -> Iterator[Finding]:
                   "Load the model with transformers where you trust it and save it again: save_pretrained writes safetensors."
                   if only_pickles else "Delete them: inference needs none of them.")
     if not only_pickles:
-        yield Finding("weight files are there and whole", opened.weights is not None,
-                      f"{len(opened.weights)} tensors" if opened.weights else opened.weights_tried.error, "every file, in full",
+        yield Finding("weight files are there and whole", bool(opened.weights),
+                      f"{len(opened.weights)} tensors" if opened.weights else opened.weights_tried.error or "no tensor in them", "every file, in full",
                       explanation="Nobody can load the model.", repair="Download or save it again; weights cannot be mended.")
     shards = {name for name in opened.names if name.endswith(".safetensors") and name.startswith("model")}
     named = {SINGLE} if SINGLE in opened.names else set((opened.json(INDEX).get("weight_map") or {}).values())
@@ -72,6 +72,9 @@ def judge_fit(opened: Opened) -> Iterator[Finding]:
                       "Save the model again without them.")
 
 # %% ../../nbs/export/10e_weight_findings.ipynb #e1eaeb7f
+FROM_NUMBERS = ("no NaN or infinity in the weights", "no layer is all zeros", "the adapter changes the base")  # findings that read weights
+
+
 def not_finite(names: Iterable[str], load: Callable[[str], torch.Tensor]) -> list[str]:
     """Names of the tensors that hold a NaN or an infinity; one tensor is in memory at a time."""
     found = []
@@ -89,7 +92,8 @@ def judge_values(opened: Opened) -> Iterator[Finding]:
     """Whether every number is finite; reads all weights once."""
     if opened.weights is None:
         return
-    tried = attempt(lambda: not_finite(opened.weights.names(), opened.weights.load))
+    names = [name for name in opened.weights.names() if not name.endswith(".masked_bias")]  # -inf of an old buffer nobody loads
+    tried = attempt(lambda: not_finite(names, opened.weights.load))
     found = [tried.error] if tried.error else tried.value
     yield Finding("no NaN or infinity in the weights", not found, found, "none",
                   explanation="One such number spreads to every answer: the model says one token for ever, or nothing.",

@@ -53,7 +53,10 @@ def read_header(path: str | Path) -> dict[str, Place]:
         if not 2 <= length <= size - 8:
             raise UserError(f"{path} is not a whole safetensors file ({size} bytes). Was the download cut short, or is it a "
                             "pointer of Git LFS?")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise UserError(f"{path} is no safetensors file, or a damaged one. Download or save it again.") from None
     entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
     if strange := sorted({entry["dtype"] for entry in entries.values()} - DTYPES.keys()):
         raise UserError(f"{path} holds number types that cannot be read: {', '.join(strange)}.")
@@ -80,7 +83,10 @@ def _weight_places(folder: Path) -> dict[str, Place]:
         why = (f" It has {bins[0]}, a format that can run code when it is read: load it with transformers where you trust "
                "it and save_pretrained it again.") if bins else ""  # fmt: skip
         raise UserError(f"{folder} has no weights in safetensors ({SINGLE} or {INDEX}).{why}")
-    where = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+    try:
+        where = dict(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"])
+    except (ValueError, KeyError, TypeError):
+        raise UserError(f"{folder / INDEX} does not say which file holds which weight. Download or save it again.") from None
     if missing := sorted({name for name in where.values() if not (folder / name).is_file()}):
         raise UserError(f"{folder} is incomplete: {', '.join(missing[:4])} of {len(set(where.values()))} weight files "
                         "missing. Download or save it again.")  # fmt: skip

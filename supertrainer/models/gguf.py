@@ -87,6 +87,9 @@ def _opened(path: Path) -> GgufFile:
     if file.metadata.get("general.architecture") == "clip":
         raise UserError(f"{path} holds the vision tower of a vision-language model (mmproj), no language model. Name the other "
                         "file, or load the model's folder.")
+    if (parts := file.metadata.get("split.count", 0)) > 1:
+        raise UserError(f"{path} is one of {parts} parts of a model, and only whole files can be read. Join them first, with "
+                        f"llama.cpp's own tool: llama-gguf-split --merge FIRST_PART WHOLE_FILE.")
     return file
 
 

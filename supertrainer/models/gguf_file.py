@@ -124,6 +124,9 @@ class GgufFile:
         start = math.ceil(head.at / alignment) * alignment
         self.tensors: dict[str, Stored] = {}
         for name, shape, kind, offset in found:
+            if kind not in set(GGMLQuantizationType):
+                raise UserError(f"{self.path}: {name} is of a type ({kind}) that the installed gguf package does not know. Update it: "
+                                "pip install -U gguf.")
             size, nbytes = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
             self.tensors[name] = Stored(shape, kind, start + offset, math.prod(shape) // size * nbytes)
 
@@ -138,7 +141,11 @@ class GgufFile:
             stored = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.F16: torch.float16,
                       GGMLQuantizationType.BF16: torch.bfloat16}[kind]
             return torch.from_numpy(raw.copy()).view(stored).reshape(place.shape).to(dtype)
-        values = dequantize(raw.reshape(quant_shape_to_byte_shape(place.shape, kind)), kind)
+        try:
+            values = dequantize(raw.reshape(quant_shape_to_byte_shape(place.shape, kind)), kind)
+        except NotImplementedError:
+            raise UserError(f"{self.path}: {name} is of the type {kind.name}, which the installed gguf package cannot unpack. Get the "
+                            "model in another type.") from None
         return torch.from_numpy(np.ascontiguousarray(values)).reshape(place.shape).to(dtype)
 
     def __contains__(self, name: str) -> bool:

@@ -156,7 +156,10 @@ def _word_piece(vocabulary: Vocabulary) -> Tokenizer:
                for number, (token, kind) in enumerate(zip(vocabulary.tokens, vocabulary.kinds, strict=True))}
     cased = any(token != token.lower() for token, kind in zip(vocabulary.tokens, vocabulary.kinds, strict=True) if kind == NORMAL)
     core = Tokenizer(models.WordPiece(numbers, unk_token=vocabulary.named("unknown") or "[UNK]"))
-    core.normalizer, core.pre_tokenizer = normalizers.BertNormalizer(lowercase=not cased), pre_tokenizers.BertPreTokenizer()
+    entries = vocabulary.entries
+    core.normalizer = normalizers.BertNormalizer(lowercase=entries.get("normalizer.lowercase", not cased),
+                                                 strip_accents=entries.get("normalizer.strip_accents"))
+    core.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
     core.decoder = decoders.WordPiece()
     return core
 

@@ -48,6 +48,22 @@ def position_limit(config: PreTrainedConfig) -> int | None:
     factors = [rule.get("factor") or 1.0 for rule in rope_rules(config).values() if rule.get("rope_type") == "dynamic"]
     return int(positions * min(factors)) if factors else positions  # dynamic counts from the trained length
 
+
+AFTER_PADDING = {"roberta", "xlm-roberta", "xlm-roberta-xl", "camembert", "data2vec-text", "roberta-prelayernorm", "longformer",
+                 "ibert", "mpnet", "esm", "luke", "xmod", "lilt", "layoutlmv3", "markuplm"}  # positions begin behind the pad token's
+
+
+def longest_input(config: PreTrainedConfig) -> int | None:
+    """Return how many tokens a model serves: less than its positions where they begin behind the pad token, more with YaRN."""
+    limit = position_limit(config)
+    if limit is None:
+        return None
+    if config.model_type in AFTER_PADDING:
+        return limit - (config.pad_token_id or 0) - 1
+    stretched = [rule.get("factor", 1) * rule["original_max_position_embeddings"] for rule in rope_rules(config).values()
+                 if rule.get("rope_type") == "yarn" and rule.get("original_max_position_embeddings")]
+    return int(max([limit, *stretched]))
+
 # %% ../../nbs/models/16_lengths.ipynb #23114b22
 def next_rule(rule: Mapping[str, Any], positions: int, length: int) -> dict[str, Any]:
     """Return the rotary parameters that make `rule` serve `length` tokens.

@@ -14,7 +14,7 @@ from typing import Any
 
 import gguf
 import torch
-from gguf import Keys, PoolingType
+from gguf import GGUFValueType, Keys, PoolingType
 from huggingface_hub.errors import StrictDataclassError
 from transformers import AutoConfig
 from yaml import YAMLError
@@ -72,6 +72,11 @@ def read_config(folder: Path) -> tuple[Any, Any]:
     return text, config
 
 # %% ../../../nbs/export/gguf/16_architectures.ipynb #24347536
+def _as_text(value: Any) -> str:
+    """Return an entry of a model card as the text that the file wants: YAML makes a number of `version: 1.0`."""
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
 def general_fields(folder: Path, arch: str, tensors: list[Planned]) -> list[Field]:
     """Return the `general.*` entries of a file, without its type and quantisation.
 
@@ -82,6 +87,11 @@ def general_fields(folder: Path, arch: str, tensors: list[Planned]) -> list[Fiel
         header = gguf.Metadata.load_model_card(folder)
     except YAMLError as error:
         raise UserError(f"The header of {folder / 'README.md'} is not YAML: {' '.join(str(error).split())}.") from None
+    bases = header.get("base_model") or []
+    bases = bases if isinstance(bases, list) else [bases]
+    header["base_model"] = [base for base in bases if not str(base).startswith(("/", "~", "."))]  # a path of this machine is no source
+    if not header["base_model"]:
+        del header["base_model"]
     card = gguf.Metadata.apply_metadata_heuristic(gguf.Metadata(), model_card=header)
     saved = json.loads((folder / "config.json").read_text("utf-8")).get("_name_or_path") or ""
     usual = folder.resolve().name if folder.resolve().name != "model" else folder.resolve().parent.name
@@ -93,7 +103,8 @@ def general_fields(folder: Path, arch: str, tensors: list[Planned]) -> list[Fiel
     card.size_label = card.size_label or (gguf.size_label(*counts) if counts[0] else None)
     writer.add_type("model")
     card.set_gguf_meta_model(writer)
-    return [Field(key, value.value, value.type, value.sub_type) for key, value in writer.kv_data[0].items()]
+    return [Field(key, _as_text(value.value) if value.type == GGUFValueType.STRING else value.value, value.type, value.sub_type)
+            for key, value in writer.kv_data[0].items()]
 
 # %% ../../../nbs/export/gguf/16_architectures.ipynb #bdfa1c59
 _BUFFERS = ("rotary_emb.inv_freq", "position_ids", "masked_bias", "attn.bias")

@@ -45,7 +45,7 @@ def bytes_per_row(kind: Kind, n: int) -> int:
 HALF = torch.finfo(torch.float16).max
 # the largest weight whose scales are float16 whatever the search finds (a K type has a scale of scales above them)
 LARGEST = {Kind.F16: HALF, Kind.BF16: torch.finfo(torch.bfloat16).max, Kind.Q8_0: 100 * HALF, Kind.Q4_0: 4 * HALF,
-           Kind.Q4_1: HALF / 2, Kind.Q5_0: 8 * HALF, Kind.Q5_1: HALF / 2, Kind.Q2_K: 8 * HALF, Kind.Q3_K: 32 * HALF,
+           Kind.Q4_1: HALF / 2, Kind.Q5_0: 8 * HALF, Kind.Q5_1: HALF / 2, Kind.Q2_K: 4 * HALF, Kind.Q3_K: 32 * HALF,
            Kind.Q4_K: 32 * HALF, Kind.Q5_K: 32 * HALF, Kind.Q6_K: 128 * HALF}  # fmt: skip
 
 

@@ -7,6 +7,7 @@ __all__ = ['LIMITS', 'OTHER_LIMIT', 'PIECE', 'file_path', 'convert', 'relative_e
 
 # %% ../../../nbs/export/gguf/18_convert.ipynb #4f4027f8
 import re
+import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -51,8 +52,10 @@ def _own_fields(metadata: Mapping[str, Any] | None, planned: list[Field]) -> lis
         try:
             kept = known[key].item or known[key].kind if key in known else None
             fields.append(field(key, value, kept))
-        except TypeError as error:
-            raise UserError(f"metadata: {error}. Give a number, a flag, a text, or a list of one of them.") from None
+            gguf.GGUFWriter(None, "")._pack_val(value, fields[-1].kind, True, sub_type=fields[-1].item)
+        except (TypeError, ValueError, struct.error) as error:
+            raise UserError(f"metadata: {key}={value!r} cannot be written: {error}. Give a number from 0 to 4294967295, a flag, a text, "
+                            "or a list of one of them.") from None
     return fields
 
 
@@ -120,7 +123,7 @@ def relative_error(tensor: Tensor, found: gguf.ReaderTensor) -> float:
 # %% ../../../nbs/export/gguf/18_convert.ipynb #a9af20dd
 def _same(one: Any, other: Any) -> bool:
     """Whether two values are the same in a file, where a float has 32 bits."""
-    if isinstance(one, list) and isinstance(other, list):
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
         return len(one) == len(other) and all(map(_same, one, other))
     if isinstance(one, float) and isinstance(other, float):
         return torch.tensor(one, dtype=torch.float32).equal(torch.tensor(other, dtype=torch.float32))
@@ -161,6 +164,7 @@ def read_back(path: str | Path, made: Plan, metadata: Mapping[str, Any] | None =
         error = relative_error(planned.load(), found[planned.name])
         limit = LIMITS.get(kind, OTHER_LIMIT)
         share = error / limit if limit else (0.0 if error == 0 else float("inf"))
+        share = share if share == share else float("inf")  # NaN in the file: no later tensor may take its place as the worst
         if not share <= used:
             used, worst = share, f"{planned.name} ({kind.name}): relative error {error:.2e}, limit {limit:g}"
     return [*checks, Check("gguf values", checks[1].passed and used <= 1, used, 1.0, worst or "all values are exact")]

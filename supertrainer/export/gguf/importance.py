@@ -95,16 +95,21 @@ def saved_names(stack: str, expert: int, mixtral: bool) -> list[str]:
 class _SeesExperts(TorchFunctionMode):
     """Counts the input of every `linear` whose weight is a slice of one of the stacks."""
 
-    def __init__(self, sums: Sums, stacks: Mapping[str, nn.Parameter], mixtral: bool) -> None:
+    def __init__(self, sums: Sums, mixtral: bool) -> None:
         super().__init__()
         self.sums, self.mixtral = sums, mixtral
-        self.places = {parameter.untyped_storage().data_ptr(): (name, parameter) for name, parameter in stacks.items()}
+        self.running: dict[tuple[int, ...], tuple[str, nn.Parameter]] = {}  # stacks of the experts that run, by an expert's shape
+
+    def enter(self, stacks: Mapping[str, nn.Parameter]) -> None:
+        """Take every product with a matrix of these shapes for one with an expert, until told otherwise."""
+        self.running = {tuple(stack.shape[1:]): (name, stack) for name, stack in stacks.items()}
 
     def __torch_function__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         if function is nn.functional.linear and len(args) >= 2 and args[1].ndim == 2:
-            name, stack = self.places.get(args[1].untyped_storage().data_ptr(), (None, None))
+            name, stack = self.running.get(tuple(args[1].shape), (None, None))
             if stack is not None:
-                expert = (args[1].storage_offset() - stack.storage_offset()) // stack.stride(0)
+                own = args[1].untyped_storage().data_ptr() == stack.untyped_storage().data_ptr()  # else: base + adapter, made anew
+                expert = (args[1].storage_offset() - (stack.storage_offset() if own else 0)) // args[1].numel()
                 for saved in saved_names(name, expert, self.mixtral):
                     self.sums.add(saved, args[0])
         return function(*args, **(kwargs or {}))
@@ -142,13 +147,22 @@ def watching(model: nn.Module) -> Iterator[Sums]:
         if stacks:
             stack.enter_context(_plain_experts(model))
             mixtral = getattr(plain_model(model).config, "model_type", "") == "mixtral"
-            stack.enter_context(_SeesExperts(sums, stacks, mixtral))
+            sees = stack.enter_context(_SeesExperts(sums, mixtral))
+            for owner in {name.rpartition(".")[0] for name in stacks}:
+                module = model.get_submodule(owner)
+                own = {name: parameter for name, parameter in stacks.items() if name.rpartition(".")[0] == owner}
+                stack.callback(module.register_forward_pre_hook(lambda module, args, own=own: sees.enter(own)).remove)
+                stack.callback(module.register_forward_hook(lambda *args: sees.enter({}), always_call=True).remove)
         yield sums
 
 # %% ../../../nbs/export/gguf/06_importance.ipynb #c682537e
 def _encoded(row: Any, tokenizer: Any) -> dict[str, Tensor]:
     if isinstance(row, Mapping) and "input_ids" in row:
-        encoded = {name: torch.as_tensor(value) for name, value in row.items() if name != "labels" and value is not None}
+        try:
+            encoded = {name: torch.as_tensor(value) for name, value in row.items() if name != "labels" and value is not None}
+        except (TypeError, ValueError) as error:
+            raise UserError(f"A row of an importance matrix holds more than the model's inputs ({', '.join(row)}): {error}. Give "
+                            "input_ids, and attention_mask or images where there are some.") from None
         flat = encoded["input_ids"].ndim == 1
         return {name: value[None] if flat else value for name, value in encoded.items()}
     if tokenizer is None:
@@ -186,6 +200,8 @@ def gather_importance(model: nn.Module, rows: Iterable[Any], tokenizer: Any = No
             for row in tqdm(rows, desc="importance", unit="row", disable=not progress, dynamic_ncols=True):
                 inputs = {name: value.to(device) for name, value in _encoded(row, tokenizer).items()}
                 tokens = inputs["input_ids"].shape[1]
+                if not tokens:  # an empty text: nothing to count
+                    continue
                 if max_length is not None and tokens > max_length:
                     inputs = {name: value[:, :max_length] if value.shape[:2] == (value.shape[0], tokens) else value
                               for name, value in inputs.items()}  # fmt: skip
@@ -195,7 +211,7 @@ def gather_importance(model: nn.Module, rows: Iterable[Any], tokenizer: Any = No
     finally:
         model.train(training)
     if not count:
-        raise UserError("An importance matrix is gathered from at least one row; none was given.")
+        raise UserError("An importance matrix is gathered from at least one row that is not empty; none was given.")
     return sums.means()
 
 # %% ../../../nbs/export/gguf/06_importance.ipynb #33ad0b42

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import http.client
 import json
+import math
 import os
 import secrets
 import shutil
@@ -175,7 +176,8 @@ class Llama:
         if not Path(path).is_file():
             raise UserError(f"There is no file {path}.")
         self._key, self._folder = secrets.token_hex(16), Path(tempfile.mkdtemp(prefix="st-llama-"))
-        address = str(self._folder / "s.sock") if hasattr(socket, "AF_UNIX") else "127.0.0.1"
+        file = str(self._folder / "s.sock")  # the system takes about a hundred bytes of it
+        address = file if hasattr(socket, "AF_UNIX") and len(os.fsencode(file)) < 100 else "127.0.0.1"
         try:
             self._server = xllamacpp.Server(_parameters(self.settings, xllamacpp, address, self._key))
             self._address = self._server.listening_address
@@ -274,6 +276,11 @@ def _prompt(llama: Llama, given: Sequence[int] | str, images: Sequence[bytes]) -
             "multimodal_data": [base64.b64encode(image).decode() for image in images]}
 
 
+def _logprob(entry: Mapping[str, Any]) -> float:
+    """Return the log-probability in an answer; JSON has no NaN, so that is a null there."""
+    return math.nan if entry["logprob"] is None else max(entry["logprob"], LOWEST)
+
+
 def next_log_probabilities(llama: Llama, tokens: Sequence[int] | str, images: Sequence[bytes] = ()) -> np.ndarray:
     """Return the log-probabilities of the next token over the whole vocabulary, [vocabulary] float64.
 
@@ -288,7 +295,7 @@ def next_log_probabilities(llama: Llama, tokens: Sequence[int] | str, images: Se
               "logit_bias": [[llama.letter, 1e9]]}  # half a character would not be answered at all
     found = llama.ask("/completion", _GREEDY | wanted)["completion_probabilities"][0]["top_logprobs"]
     values = np.full(llama.vocabulary, LOWEST)
-    values[[entry["id"] for entry in found]] = [max(entry["logprob"], LOWEST) for entry in found]
+    values[[entry["id"] for entry in found]] = [_logprob(entry) for entry in found]
     return values
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #9a9f4f49
@@ -307,8 +314,8 @@ def token_log_probabilities(llama: Llama, tokens: Sequence[int], first: int = 1)
         before, token = tokens[:place], tokens[place]
         request = _GREEDY | {"prompt": before, "n_predict": 1, "n_probs": 1, "logit_bias": [[token, 1e9]]}
         said = llama.ask("/completion", request).get("completion_probabilities", [])
-        found = [entry["logprob"] for entry in said if entry["id"] == token]
-        values.append(max(found[0], LOWEST) if found else next_log_probabilities(llama, before)[token])
+        found = [_logprob(entry) for entry in said if entry["id"] == token]
+        values.append(found[0] if found else next_log_probabilities(llama, before)[token])
     return np.array(values)
 
 # %% ../../../nbs/export/gguf/20_llama.ipynb #b660bd98
@@ -348,8 +355,9 @@ def load_failure(path: str | Path, projector: str | Path = "") -> str:
                "projector": str(Path(projector).resolve()) if projector else ""}
     root = str(Path(__import__("supertrainer").__file__).parents[1])
     found = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
-    child = subprocess.run([sys.executable, "-c", _TRIAL, json.dumps(options)], env=os.environ | {"PYTHONPATH": found},
-                           capture_output=True, text=True, errors="replace")
+    with tempfile.TemporaryDirectory(prefix="st-trial-") as made:  # the child ends too abruptly to clean up
+        child = subprocess.run([sys.executable, "-c", _TRIAL, json.dumps(options)], capture_output=True, text=True,
+                               errors="replace", env=os.environ | {"PYTHONPATH": found, "TMPDIR": made})
     if child.returncode == 0 and "loaded" in child.stdout:
         return ""
     lines = [line.split(" E ", 1)[1] for line in child.stderr.splitlines() if " E " in line]

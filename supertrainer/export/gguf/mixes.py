@@ -157,7 +157,7 @@ def resolve_method(name: str | Method) -> Method:
         raise UserError(
             f"GGUF type {name!r} can only be made by llama.cpp itself. Install llama-cpp-python (it needs a compiler), write "
             f"an f32 file, and call supertrainer.export.gguf.i_quants.quantise_with_llama_cpp(f32_file, new_file, {key!r}). "
-            f"Without it, near in size: {'q2_k, q3_k_s' if key[2] < '4' else 'q4_k_s, q4_0'}.")  # fmt: skip
+            f"Without it, near in size: {'q2_k, q3_k_s' if int(re.search('[1-9]', key)[0]) < 4 else 'q4_k_s, q4_0'}.")  # fmt: skip
     raise UserError(f"GGUF type {name!r} is not known.{did_you_mean(key, [*METHODS, *ALIASES])} "
                     f"Known: {', '.join(METHODS)}.")
 

@@ -17,7 +17,7 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from gguf import PoolingType
+from gguf import Keys, PoolingType
 from torch import Tensor
 from transformers import (
     AutoModel,
@@ -33,7 +33,7 @@ from .architectures import plan
 from .convert import read_back
 from .fields import read_fields
 from .layout import Plan
-from .limits import Limit, distance, distance_checks, limit_of
+from .limits import FLOOR, Limit, distance, distance_checks, limit_of
 from .llama import Llama, load_failure
 from .reading import SAMPLE, chat_checks, end_check, text_check
 from .vocabulary import read_tokenizer, terminators, vocabulary_fields
@@ -94,7 +94,7 @@ def model_loss(model: Any, rows: Sequence[Sequence[int]]) -> float:
     for row in rows:
         ids = torch.tensor([list(row)])
         logits = model(input_ids=ids).logits[0, :-1].double().log_softmax(-1)
-        sums -= float(logits.gather(-1, ids[0, 1:, None]).sum())
+        sums -= float(logits.gather(-1, ids[0, 1:, None]).clamp(min=FLOOR).sum())
         count += len(row) - 1
     return sums / count
 
@@ -106,8 +106,8 @@ def file_distributions(llama: Llama, rows: Sequence[Sequence[int]]) -> list[np.n
 
 def file_loss(llama: Llama, rows: Sequence[Sequence[int]]) -> float:
     """Return the mean negative log-probability of the rows' own tokens but the first, nats."""
-    scores = [llama.score(row) for row in rows]
-    return -float(np.concatenate(scores).mean())
+    scores = np.concatenate([llama.score(row) for row in rows])
+    return -float(np.maximum(scores, FLOOR).mean())
 
 
 def perplexity_check(model: float, file: float, limit: Limit, tokens: int) -> Check:
@@ -190,10 +190,10 @@ def _vector_checks(path: Path, ours: list[np.ndarray], texts: list[np.ndarray], 
     return checks
 
 # %% ../../../nbs/export/gguf/25_proof.ipynb #ca75e555
-def vocabulary_check(path: Path, folder: Path, rows: int) -> Check:
-    """Return whether the file's vocabulary is the folder's, entry by entry."""
+def vocabulary_check(path: Path, folder: Path, rows: int, metadata: Mapping[str, Any] | None = None) -> Check:
+    """Return whether the file's vocabulary is the folder's, entry by entry, but for what `metadata` says otherwise."""
     held = {entry.key: entry.value for entry in read_fields(gguf.GGUFReader(path))}
-    wanted = vocabulary_fields(folder, rows)
+    wanted = [entry for entry in vocabulary_fields(folder, rows) if entry.key not in (metadata or {})]
     wrong = [entry.key for entry in wanted if entry.key not in held or not _equal(held[entry.key], entry.value)]
     return Check("gguf vocabulary", not wrong, len(wrong), 0, f"of {len(wanted)} entries" + (f"; wrong: {', '.join(wrong)}" if wrong else ""))
 
@@ -282,7 +282,7 @@ def prove_gguf(path: str | Path, folder: str | Path, method: str, *, rows: Itera
     proof = Proof([_whole_check(path)])
     if not proof[0].passed:
         return proof
-    proof += [*read_back(path, made, metadata), vocabulary_check(path, folder, made.rows)]
+    proof += [*read_back(path, made, metadata), vocabulary_check(path, folder, made.rows, metadata)]
     if importlib.util.find_spec("xllamacpp") is None:
         proof.skip(f"{path.name} was not tried in llama.cpp, since xllamacpp is not installed: pip install 'supertrainer[gguf]'")
         return proof
@@ -291,6 +291,7 @@ def prove_gguf(path: str | Path, folder: str | Path, method: str, *, rows: Itera
     if reason:
         return proof
     tokenizer = read_tokenizer(folder)
+    tokenizer.chat_template = (metadata or {}).get(Keys.Tokenizer.CHAT_TEMPLATE, tokenizer.chat_template)
     proof += _reading_checks(path, folder, made, tokenizer, SAMPLE if texts is None else list(texts), threads)
     given = default_rows(tokenizer, made.causal) if rows is None else _ids(rows)
     if not given:

@@ -107,7 +107,11 @@ def end_ids(ends: Sequence[int], behind: int | None, unused: int | None) -> dict
     if not ordered and unused is None:
         raise UserError("Neither the tokenizer nor the generation settings nor the chat template names a token at which an answer "
                         "ends; in llama.cpp the model would stop at an ordinary word. Set tokenizer.eos_token.")
-    return dict(zip((Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID), ordered or [unused], strict=False))
+    keys = (Keys.Tokenizer.EOS_ID, Keys.Tokenizer.EOT_ID, Keys.Tokenizer.EOM_ID)
+    if len(ordered) > len(keys):
+        get_logger("supertrainer.gguf").warning("A GGUF file names %d tokens at which an answer ends, and this model has %d: llama.cpp "
+                                                "will not stop at %s unless it knows them by their name.", len(keys), len(ordered), ordered[len(keys):])
+    return dict(zip(keys, ordered or [unused], strict=False))
 
 # %% ../../../nbs/export/gguf/23_vocabulary.ipynb #e17f4f02
 def role_fields(folder: Path, tokenizer: PreTrainedTokenizerBase, kind: str, unused: int | None) -> list[Field]:

@@ -9,7 +9,7 @@ __all__ = ['HEADER_BYTES', 'tensor_bytes', 'file_bytes', 'require_room', 'appear
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import gguf
@@ -67,8 +67,12 @@ def appears_whole(path: Path) -> Iterator[Path]:
     try:
         yield part
         os.replace(part, path)
+    except OSError as error:
+        raise UserError(f"{path} could not be written: {error.strerror or error}"
+                        + (f" ({error.filename})." if error.filename else ".")) from error
     finally:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
 
 # %% ../../../nbs/export/gguf/17_writing.ipynb #62ca965d
 def _write_tensors(writer: gguf.GGUFWriter, tensors: Sequence[Planned], types: Mapping[str, GGMLQuantizationType],
