@@ -44,6 +44,7 @@ from supertrainer.export.bases import FolderBase, make_shell, open_base
 from supertrainer.export.deltas import Merged, layer_checks, mixed
 from supertrainer.export.reload import logits_of
 from supertrainer.export.rounding import Compared, RoundedBase
+from supertrainer.export.trained import no_repacking
 from supertrainer.export.weights import ModelWeights
 from supertrainer.export.writing import write_weights
 from supertrainer.runtime import UserError
@@ -234,7 +235,7 @@ def test_base_in_four_bits(tmp_path, family, seed):
     quantised = kind.from_pretrained(tmp_path / "base", quantization_config=config, dtype=torch.float32)
     task = "SEQ_CLS" if family == "bert" else "CAUSAL_LM"
     model = shake(peft.get_peft_model(quantised, peft.LoraConfig(r=4, target_modules=targets(family), task_type=task)), 0.1)
-    with torch.no_grad(), merge.no_repacking(model):
+    with torch.no_grad(), no_repacking(model):
         trained = answers(model, family)
     for rounded in (True, False):
         _, checks = write(model, tmp_path / "base", tmp_path / "merged", quantised=rounded)

@@ -5,11 +5,10 @@
 # %% ../../nbs/export/04_merge.ipynb #adaed235
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +32,8 @@ from supertrainer.export.deltas import (
 )
 from .fingerprint import record_base
 from .folder import appear_whole, require_space
-from .reload import logits_of
 from .rounding import Compared, RoundedBase
-from .trained import floating_type, is_quantised, no_repacking, trained_logits, weight_dtype
+from .trained import floating_type, is_quantised, trained_logits, weight_dtype
 from .weights import split_into_shards
 from .writing import four_bit_config, quantise_folder, write_folder
 from ..models import base as models_base

@@ -84,8 +84,9 @@ def _weight_places(folder: Path) -> dict[str, Place]:
                "it and save_pretrained it again.") if bins else ""  # fmt: skip
         raise UserError(f"{folder} has no weights in safetensors ({SINGLE} or {INDEX}).{why}")
     try:
-        where = dict(json.loads((folder / INDEX).read_text("utf-8"))["weight_map"])
-    except (ValueError, KeyError, TypeError):
+        where = json.loads((folder / INDEX).read_text("utf-8"))["weight_map"]
+        where.items()
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise UserError(f"{folder / INDEX} does not say which file holds which weight. Download or save it again.") from None
     if missing := sorted({name for name in where.values() if not (folder / name).is_file()}):
         raise UserError(f"{folder} is incomplete: {', '.join(missing[:4])} of {len(set(where.values()))} weight files "
