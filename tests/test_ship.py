@@ -174,7 +174,7 @@ def test_a_name_without_an_owner_is_the_accounts_own(hub, base):
     HfApi(endpoint=hub.url).upload_file(path_or_fileobj=text, path_in_repo="README.md", repo_id="me/bare")
     ship.push(base, "bare", license="mit")
     card = hub.files("me/bare")["README.md"].decode()
-    assert "A line by hand." in card and '"me/bare"' in card and '"bare"' not in card
+    assert "A line by hand." in card and 'from_pretrained("me/bare")' in card and 'from_pretrained("bare")' not in card
     model.push_adapter("alone", license="mit", base_model="me/base")
     assert '"me/alone"' in hub.files("me/alone")["README.md"].decode()
 
