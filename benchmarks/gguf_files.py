@@ -27,7 +27,7 @@ from supertrainer.export.gguf import proof  # noqa: E402
 from supertrainer.export.gguf.architectures import plan  # noqa: E402
 from supertrainer.export.gguf.convert import convert  # noqa: E402
 from supertrainer.export.gguf.limits import Distance, distance  # noqa: E402
-from supertrainer.export.gguf.llama import Llama  # noqa: E402
+from supertrainer.inference.llama import Llama  # noqa: E402
 from supertrainer.models.sources import model_folder  # noqa: E402
 from supertrainer.run.exporting import held_out_ids  # noqa: E402
 

@@ -395,5 +395,6 @@ def human_seconds(seconds: float) -> str:
 
 
 def human_mb(megabytes: float) -> str:
-    """Return megabytes as people say them: `12 MB`, `1.4 GB`."""
-    return f"{megabytes:.0f} MB" if megabytes < 1000 else f"{megabytes / 1000:.1f} GB"
+    """Return megabytes as people say them: `740 kB`, `2.4 MB`, `12 MB`, `1.4 GB`."""
+    small, large = f"{megabytes:.1f} MB" if megabytes >= 1 else f"{megabytes * 1000:.0f} kB", f"{megabytes / 1000:.1f} GB"
+    return small if 0 < megabytes < 9.95 else f"{megabytes:.0f} MB" if megabytes < 1000 else large

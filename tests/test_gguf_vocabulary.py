@@ -62,7 +62,7 @@ def saved(folder, tokenizer, template=None, **special):
 def opened(folder, more_rows=3):
     """The folder's tokenizer, and its vocabulary in llama.cpp."""
     pytest.importorskip("xllamacpp")
-    from supertrainer.export.gguf.llama import Llama
+    from supertrainer.inference.llama import Llama
 
     tokenizer = read_tokenizer(folder)
     rows = len(tokenizer) + more_rows

@@ -14,7 +14,7 @@ from sentence_transformers import SentenceTransformer, SentenceTransformerTraine
 from sentence_transformers.base.sampler import BatchSamplers  # noqa: E402
 
 from supertrainer.check import CheckFailed  # noqa: E402
-from supertrainer.export.gguf.llama import Llama  # noqa: E402
+from supertrainer.inference.llama import Llama  # noqa: E402
 from supertrainer.models.info import info  # noqa: E402
 from supertrainer.runtime import UserError  # noqa: E402
 from supertrainer.unsloth import (  # noqa: E402

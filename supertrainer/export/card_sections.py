@@ -239,7 +239,7 @@ def how_to_use(facts: CardFacts, where: str, gguf_files: Sequence[str] = (), rep
         ours, served = usage.supertrainer_code(facts, where), usage.vllm_code(facts, where)
         parts += ["### supertrainer", fenced(ours, "python")] if ours else []
         parts += ["### vLLM", fenced(served, "bash")] if served else []
-    local = usage.llama_cpp_code(gguf_files, repo_id, modelfile)
+    local = usage.llama_cpp_code(gguf_files, repo_id, modelfile, facts.what)
     if local:
         parts += ["### llama.cpp", fenced(local[0], "bash")]
         parts += ["### Ollama", fenced(local[1], "bash")] if local[1] else []

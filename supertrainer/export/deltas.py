@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import math
 import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -137,7 +138,8 @@ def attach_saved(shell: PreTrainedModel, folders: Mapping[str, str | Path]) -> t
         config.inference_mode = True
         if hasattr(config, "init_lora_weights"):
             config.init_lora_weights = True  # the file's weights follow; other starts compute on the base's
-        with quiet():
+        with quiet(), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # PEFT asks transformers by an older name
             if attached is None:
                 attached = peft.get_peft_model(shell, config, adapter_name=name)
             else:

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..runtime import UserError, human_mb
 
 # %% auto #0
-__all__ = ['appear_whole', 'require_space']
+__all__ = ['require_writable', 'require_place', 'appear_whole', 'require_space']
 
 # %% ../../nbs/export/03_folder.ipynb #c1a7acb9
 _OF_A_SAVE = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*", "adapter_*", "config.json", "generation_config.json",
@@ -36,6 +36,24 @@ def _refuse_foreign(target: Path) -> None:
     if target.is_dir() and any(target.iterdir()):
         if not any((target / name).exists() for name in ("config.json", "adapter_config.json")):
             raise UserError(f"{target} exists, is not empty and holds no model, so it is not replaced. Choose a new folder.")
+
+
+def require_writable(directory: str | Path) -> None:
+    """Raise a `UserError` if `directory` cannot be made, or files cannot be written into it; nothing is made."""
+    where = Path(directory).resolve()
+    while not where.exists():
+        where = where.parent
+    if not where.is_dir():
+        raise UserError(f"{where} is a file, so there can be no folder {Path(directory)}. Choose another place.")
+    if not os.access(where, os.W_OK | os.X_OK):
+        raise UserError(f"Nothing can be written into {where}: this account has no right to. Choose another place.")
+
+
+def require_place(directory: str | Path) -> None:
+    """Raise a `UserError` if a model cannot be saved as `directory`: a file, a folder with other things in it, no right to write."""
+    target = Path(directory).resolve()
+    _refuse_foreign(target)
+    require_writable(target.parent)
 
 
 def _clean_up_after_the_dead(target: Path) -> None:
@@ -91,9 +109,9 @@ def appear_whole(directory: str | Path) -> Iterator[Path]:
         UserError: `directory` is a file, or a folder with something else in it.
     """
     target = Path(directory).resolve()
-    target.parent.mkdir(parents=True, exist_ok=True)
     _clean_up_after_the_dead(target)
-    _refuse_foreign(target)
+    require_place(target)
+    target.parent.mkdir(parents=True, exist_ok=True)
     hidden = target.with_name(f".{target.name}.saving-{socket.gethostname()}-{os.getpid()}-{secrets.token_hex(4)}")
     hidden.mkdir()
     try:

@@ -222,7 +222,7 @@ def check_push(repo_id: str, *, private: bool = True, public_ok: bool = False, c
     return Target(repo_id, found is not None, private if found is None else found.private, head)
 
 # %% ../../nbs/export/20_hub.ipynb #dd6102ce
-@dataclass
+@dataclass(repr=False)
 class Pushed:
     """What a push left on the Hub.
 
@@ -246,6 +246,10 @@ class Pushed:
     deleted: list[str] = field(default_factory=list)
     uploaded_bytes: int = 0
     checks: list[Check] = field(default_factory=list)
+
+    def __repr__(self) -> str:
+        said = f"{len(self.files) - len(self.skipped)} files uploaded ({human_mb(self.uploaded_bytes / 1e6)}), {len(self.skipped)} unchanged"
+        return f"Pushed({self.url}, revision {self.revision}: {said}; {sum(check.passed for check in self.checks)} checks passed)"
 
 
 @dataclass

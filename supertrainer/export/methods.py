@@ -18,6 +18,7 @@ import torch
 
 from ..check import Check
 from . import adapters, ship
+from .card_facts import Base, base_of
 from .gguf.importance import gather_importance
 from .gguf.mixes import resolve_method
 from .hub import Pushed, check_push
@@ -47,6 +48,17 @@ def _as_folder(model: torch.nn.Module, tokenizer: Any, name: str, save: Mapping[
         folder = Path(place) / name
         checks = save_model(model, _reader(model, tokenizer), folder, family=family, labels=labels_of(model), **save)
         yield folder, checks
+
+
+def _base(model: torch.nn.Module) -> Base | None:
+    """Return what a model was made from, as its card names it; None for one that supertrainer did not load."""
+    found = info(model)
+    if found.run is not None:
+        return ship.facts_of_run(found.run).base
+    if not found.name:
+        return None
+    revision = found.reload.get("revision") if found.source == "hub" else None
+    return base_of(found.name, found.source, revision if isinstance(revision, str) else None)
 
 
 _SAVE = ("dtype", "merge_base", "adapters", "base", "max_shard_size", "rows", "max_logit_error", "four_bit")
@@ -139,12 +151,13 @@ def _ship(model: torch.nn.Module, repo_id: str, tokenizer: Any, methods: Sequenc
         raise UserError("A GGUF file is made from 16-bit weights, not from a 4-bit model of bitsandbytes: leave gguf= out, or save "
                         'with "merged_16bit".')
     target = check_push(repo_id, **{name: how[name] for name in ("private", "public_ok", "create_pr", "token", "revision") if name in how})
-    name = target.repo_id.split("/")[1]
+    name, base = target.repo_id.split("/")[1], _base(model)
+    ship.check_licence(target.repo_id, base, how.get("license"), token=how.get("token"), revision=how.get("revision"))
     with _as_folder(model, tokenizer, name, save) as (folder, checks):
         files, proven = ship.write_gguf(folder, folder.parent, methods, name=name,
                                         importance=_importance(model, importance, tokenizer)) if methods else ([], [])
         return ship.push(folder, target.repo_id, gguf=files, checks=[*checks, *proven], family=info(model).family,
-                         run_dir=info(model).run, **how)
+                         run_dir=info(model).run, base=base, **how)
 
 
 def push_adapter(model: torch.nn.Module, repo_id: str, tokenizer: Any = None, *, base_model: str | None = None,

@@ -193,6 +193,7 @@ def vllm_code(facts: CardFacts, where: str) -> str | None:
             f"    --lora-modules {where.rpartition('/')[2]}={where}")
 
 # %% ../../nbs/export/16_usage.ipynb #87935ac2
+_ENCODERS = ("classification", "multi_label", "regression", "embeddings")
 _TYPE = re.compile(r"(?i)(?:^|[-._])(f32|f16|bf16|q\d_(?:k(?:_[a-z]+)?|\d)|iq\d_[a-z]+)(?=\.gguf$)")
 
 
@@ -202,13 +203,15 @@ def gguf_type(name: str) -> str | None:
     return found[1].upper() if found else None
 
 
-def llama_cpp_code(gguf_files: Sequence[str], repo_id: str | None, modelfile: bool = False) -> tuple[str, str] | None:
+def llama_cpp_code(gguf_files: Sequence[str], repo_id: str | None, modelfile: bool = False,
+                   what: str | None = None) -> tuple[str, str] | None:
     """Return the shell lines for llama.cpp and for Ollama, None without a GGUF file.
 
     Args:
         gguf_files: names in the repository; projector files (`mmproj…`) are passed by themselves.
         repo_id: the repository; None for a folder on disk.
         modelfile: whether an Ollama `Modelfile` lies beside them.
+        what: of `CardFacts`; an encoder answers once for each text, and none of Ollama's names a class.
     """
     models = [name for name in gguf_files if not Path(name).name.lower().startswith("mmproj")]
     projectors = [name for name in gguf_files if name not in models]
@@ -224,5 +227,9 @@ def llama_cpp_code(gguf_files: Sequence[str], repo_id: str | None, modelfile: bo
     if projectors and "-m " in server:
         server += f" --mmproj {projectors[0]}"
     name = (repo_id or Path(first).stem).rpartition("/")[2].lower()
+    if what in _ENCODERS:
+        raw = "" if what == "embeddings" else "--embd-normalize -1 "
+        made = f"ollama create {name} -f Modelfile" if modelfile and what == "embeddings" else ""
+        return f'{server.replace("llama-server", "llama-embedding")} {raw}-p "{TEXT}"', made
     own = f"ollama create {name} -f Modelfile && ollama run {name}" if modelfile else None
     return server, "\n".join(line for line in (pulled, own) if line)

@@ -53,6 +53,9 @@ def model_folder(path: Path) -> Path:
                         "Train with export.save=true, or name another folder.")
     ggufs = sorted(file.name for file in path.glob("*.gguf"))
     hint = f" It holds {', '.join(ggufs)}: name the file itself." if ggufs else ""
+    inside = sorted(str(folder) for folder in path.iterdir() if any(
+        (folder / name).is_file() for name in ("config.json", "adapter_config.json", "model/config.json", "model/adapter_config.json")))
+    hint = hint or (f" Models in it: {', '.join(inside[:5])}{', …' if len(inside) > 5 else ''}." if inside else "")
     raise UserError(f"{path} is a folder but holds no model: there is no config.json in it.{hint}")
 
 

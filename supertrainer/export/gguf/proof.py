@@ -34,7 +34,7 @@ from .convert import read_back
 from .fields import read_fields
 from .layout import Plan
 from .limits import FLOOR, Limit, distance, distance_checks, limit_of
-from .llama import Llama, load_failure
+from ...inference.llama import Llama, load_failure
 from .reading import SAMPLE, chat_checks, end_check, text_check
 from .vocabulary import read_tokenizer, terminators, vocabulary_fields
 from ...models.gguf import quiet_loading

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ...chat.frames import common_length
 from ...chat.rendering import renderer_of
 from ...check import Check
-from .llama import Llama
+from ...inference.llama import Llama
 from .pre_tokenizers import PROBE, find_splitting
 from .token_lists import SPACE, space_prefixes, words_of
 from ...runtime import UserError
