@@ -307,6 +307,14 @@ def test_any_card_can_be_written_into_a_file(decoder, tmp_path, header):
     assert b"secret" not in convert(decoder, tmp_path / "x.gguf", "f16", progress=False).read_bytes()
 
 
+def test_a_tokenizer_without_merges_is_refused_by_name(decoder, tmp_path):
+    state = json.loads((decoder / "tokenizer.json").read_text())
+    state["model"]["merges"] = []
+    (decoder / "tokenizer.json").write_text(json.dumps(state))
+    with pytest.raises(UserError, match="no merges"):
+        convert(decoder, tmp_path / "x.gguf", "f16", progress=False)
+
+
 def test_files_that_cannot_be_read_say_why(file, tmp_path):
     reader = gguf.GGUFReader(file)
     tensor = reader.tensors[5]

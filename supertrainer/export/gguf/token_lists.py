@@ -109,6 +109,8 @@ def byte_level_list(state: Mapping[str, Any], rows: int) -> TokenList:
         wrong = wrong or "add_prefix_space=True"
     if wrong:
         raise UserError(f"llama.cpp's byte-level tokenizer has no {wrong}, which this one uses.")
+    if not model["merges"]:
+        raise UserError("This tokenizer has no merges: every byte is a token of its own. llama.cpp loads no such tokenizer.")
     found = _base_list("gpt2", model["vocab"], state, rows)
     found.merges = [pair if isinstance(pair, str) else " ".join(pair) for pair in model["merges"]]
     found.more.append(entry(Keys.Tokenizer.PRE, find_splitting(state).name))
