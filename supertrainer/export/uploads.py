@@ -5,8 +5,7 @@ holds beside what a folder holds, and refusals as sentences."""
 
 # %% auto #0
 __all__ = ['log', 'TRIES', 'LONGEST_PAUSE', 'LARGEST_FILE', 'api', 'is_offline', 'status_of', 'said_by', 'pause_after', 'pause',
-           'patiently', 'LocalFile', 'file_names', 'local_files', 'remote_files', 'compare', 'leftovers',
-           'hides_a_model', 'refusal']
+           'patiently', 'LocalFile', 'local_files', 'remote_files', 'compare', 'leftovers', 'hides_a_model', 'refusal']
 
 # %% ../../nbs/export/19_uploads.ipynb #1e6abb69
 import email.utils
