@@ -145,8 +145,8 @@ def test_streaming_gives_the_same_text_in_pieces_and_passes_errors_on(chat):
     broken = HFEngine(llama(tokenizer, vocab_size=8), tokenizer, "llm")
     with pytest.raises(IndexError):
         list(broken.stream(ask("hello")[0]))
-    with pytest.raises(UserError, match="stop while streaming"):
-        engine.stream(ask("hello")[0], {"stop": ["x"]})
+    with pytest.raises(UserError, match="log_probabilities while streaming"):
+        engine.stream(ask("hello")[0], {"log_probabilities": True})
     model.eval()
 
 
@@ -239,6 +239,28 @@ def test_images_in_batches_equal_one_by_one_and_are_seen(vision):
     same = engine.generate([picture_question("What?")] * 6, {"max_new_tokens": 8}, images=shades)
     assert len({answer.text for answer in same}) > 1  # the image matters
     assert "".join(engine.stream(rows[1][0], {"max_new_tokens": 8}, images=images[1])) == answers[1].text
+
+
+def test_choices_after_an_image_have_the_probabilities_of_plain_forward_passes(vision):
+    model, processor = vision
+    choices, engine = ("three", "3", "no digit"), HFEngine(model, processor, "mllm", batch_size=3)
+    rows = [(picture_question("What?"), Image.new("RGB", (16, 16), (200, 0, 9))), (ask("No image")[0], None)]
+    answers = engine.generate([turns for turns, _ in rows], {"choices": choices, "log_probabilities": True}, images=[own for _, own in rows])
+    end = processor.tokenizer.convert_tokens_to_ids("<|end|>")
+    for (turns, image), answer in zip(rows, answers, strict=True):
+        prompt, totals = processor.apply_chat_template(turns, add_generation_prompt=True, tokenize=False), []
+        for choice in choices:
+            count = len(processor.tokenizer(choice, add_special_tokens=False)["input_ids"]) + 1
+            inputs = processor(text=[prompt + choice + "<|end|>"], images=None if image is None else [[image]], add_special_tokens=False,
+                               return_tensors="pt")
+            with torch.no_grad():
+                table = model(**inputs).logits[0].double().log_softmax(-1)
+            ids = inputs["input_ids"][0]
+            assert ids[-1] == end
+            totals.append(sum(float(table[place - 1, ids[place]]) for place in range(len(ids) - count, len(ids))))
+        shares = torch.tensor(totals).double().softmax(0).tolist()
+        assert list(answer.probabilities.values()) == pytest.approx(shares, abs=1e-5)
+        assert sum(answer.log_probabilities) == pytest.approx(max(totals), abs=1e-3) and answer.text == choices[totals.index(max(totals))]
 
 
 # -------------------------------------------------------------------------------------------------------- classification

@@ -77,7 +77,7 @@ STRUCTURES = ("choices", "json_schema", "regex", "grammar")
 
 
 def schema_of(schema: Any) -> str | None:
-    """Return a JSON schema as its text, keys in order: from a mapping, a text, or a pydantic model's class.
+    """Return a JSON schema as its text, its keys in their order: from a mapping, a text, or a pydantic model's class.
 
     Raises:
         UserError: it is none of these.
@@ -92,7 +92,7 @@ def schema_of(schema: Any) -> str | None:
         raise UserError(f"sampling.json_schema is no JSON ({error}). Give a mapping, its JSON text, or a pydantic model's class.") from None
     if not isinstance(values, (dict, bool)):
         raise UserError(f"sampling.json_schema must be an object, but is {type(values).__name__}.")
-    return json.dumps(values, sort_keys=True)
+    return json.dumps(values)  # their order is that of the answer: reasons before a verdict
 
 # %% ../../nbs/inference/00_base.ipynb #a6c873a0
 def _out_of_range(sampling: Sampling) -> list[str]:
