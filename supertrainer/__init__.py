@@ -18,7 +18,7 @@ _NAMES = {
     "FastModel": "supertrainer.models.base", "FastBERT": "supertrainer.models.bert",
     "FastLLM": "supertrainer.models.llm", "FastMLLM": "supertrainer.models.mllm",
     **dict.fromkeys(("patch_model", "plain"), "supertrainer.patching"),
-    **dict.fromkeys(("train", "infer", "benchmark", "export", "preview", "Run"), "supertrainer.run"),
+    **dict.fromkeys(("train", "infer", "serve", "benchmark", "export", "preview", "Run"), "supertrainer.run"),
     "pull_adapter": "supertrainer.export.adapters", "examine": "supertrainer.export.doctor",
     **dict.fromkeys(("compose", "StrictDict"), "supertrainer.config"),
     "ConfigPicker": "supertrainer.widgets",
@@ -34,10 +34,13 @@ __all__ = [*sorted(_NAMES), "register"]
 register_lazy("model_method", "save_pretrained_merged", "supertrainer.export.merge:save_pretrained_merged")
 for _name in ("save_gguf", "save_to_hub", "push_adapter", "push_to_hub_merged", "save_pretrained_gguf", "push_to_hub_gguf"):
     register_lazy("model_method", _name, f"supertrainer.export.methods:{_name}")
-register_lazy("engine", "hf", "supertrainer.inference.engines.hf:HFEngine")
+for _name, _class in {"hf": "HFEngine", "onnx": "ONNXEngine", "openvino": "OpenVINOEngine", "tensorrt": "TensorRTEngine",
+                      "llama_cpp": "LlamaCppEngine", "openai": "OpenAIEngine", "vllm": "VLLMEngine",
+                      "unsloth": "UnslothEngine"}.items():
+    register_lazy("engine", _name, f"supertrainer.inference.engines.{_name}:{_class}")
 
 # %% ../nbs/62_facade.ipynb #de02712b
-_CALLABLE = ("train", "benchmark", "export")
+_CALLABLE = ("train", "serve", "benchmark", "export")
 
 
 class _CallableModule(ModuleType):

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['COMMANDS', 'BATCH_VERBS', 'ALIASES', 'EXPORT', 'overview', 'command_parser', 'doctor_parser', 'keys_text',
-           'choices_text', 'configuration', 'to_yaml', 'combinations', 'multirun', 'doctor', 'batch', 'compare_runs',
-           'run_command', 'main']
+           'choices_text', 'configuration', 'to_yaml', 'combinations', 'multirun', 'doctor', 'batch', 'run_command',
+           'main']
 
 # %% ../nbs/60_cli.ipynb #8ab3b7ce
 import argparse
@@ -323,21 +323,7 @@ def _preview(cfg: StrictDict, arguments: argparse.Namespace) -> None:
     text = seen.text(width=min(shutil.get_terminal_size((100, 24)).columns, 120), tokens=arguments.tokens)
     print(text.encode(encoding, "backslashreplace").decode(encoding))
 
-# %% ../nbs/60_cli.ipynb #b60235d4
-def compare_runs(words: Sequence[str]) -> int:
-    """Run `supertrainer benchmark compare RUN… [--output DIR]`; return the exit code."""
-    parser = argparse.ArgumentParser(
-        prog="supertrainer benchmark compare", allow_abbrev=False,
-        description="Any number of runs in one table, with paired tests where they kept their rows; nothing is measured.")
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="a run folder: of training, of a benchmark, of several engines")
-    parser.add_argument("--output", metavar="DIR", help="also write comparison.json, comparison.html, table.csv and table.tex there")
-    arguments = parser.parse_args(list(words))
-    from supertrainer.run.comparing import compare
-
-    print(compare(arguments.runs, arguments.output).text())
-    return 0
-
-# %% ../nbs/60_cli.ipynb #0060c4d1
+# %% ../nbs/60_cli.ipynb #a517ebd4
 def run_command(command: str, words: Sequence[str]) -> int:
     """Run one command with its words; return the exit code."""
     if command == "doctor":
@@ -345,7 +331,8 @@ def run_command(command: str, words: Sequence[str]) -> int:
     if command == "infer" and words and words[0] in BATCH_VERBS:
         return batch(words[0], words[1:])
     if command == "benchmark" and words[:1] == ["compare"]:
-        return compare_runs(words[1:])
+        from supertrainer.run.comparing import compare_command
+        return compare_command(words[1:])
     arguments = command_parser(command).parse_intermixed_args(list(words))
     if getattr(arguments, "multirun", False):
         return multirun(arguments.overrides, arguments.config_dir)

@@ -203,6 +203,16 @@ class BenchmarkBlock(Block):
     show: list[str]
     rows: Positive | None
     speed_rows: Annotated[int, Field(ge=0)]
+    concurrency: Annotated[list[Positive], Field(min_length=1)]
+    repeats: Positive
+    warmup: Annotated[int, Field(ge=0)]
+    agreement_rows: Positive
+    metrics: list[str]
+    labels: list[str] | None
+    tasks: list[str]
+    task_path: str | None
+    num_fewshot: Annotated[int, Field(ge=0)] | None
+    chat_template: bool
 
 
 class PushBlock(Block):
@@ -319,6 +329,7 @@ class BenchmarkSchema(Block):
 
     model: OpenedModel
     engine: dict[str, Any]
+    engines: Annotated[list[str | dict[str, Any]], Field(min_length=1)] | None
     model_kwargs: ModelKwargs
     dataset: DatasetBlock
     benchmark: BenchmarkBlock

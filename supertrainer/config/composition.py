@@ -19,7 +19,7 @@ from .schema import problems_of, unknown_key
 from .strict_dict import StrictDict
 from ..runtime import UserError, did_you_mean
 
-TASKS = ("train", "infer", "benchmark", "export")
+TASKS = ("train", "infer", "benchmark", "export", "serve")
 PACKAGE_TREE = Path(__file__).resolve().parent.parent / "configs" if "__file__" in globals() else None
 
 # %% ../../nbs/config/04_composition.ipynb #31486d7a
@@ -172,7 +172,8 @@ def _arguments(place: str, family: str) -> tuple[str, ...] | None:
     return None
 
 
-FREE = ("model.config", "model.rope_scaling", "model.new_tokens", "dataset.columns", "engine", "trainer.class_weights")  # keys here are the user's or the engine's
+FREE = ("model.config", "model.rope_scaling", "model.new_tokens", "dataset.columns", "engine", "trainer.class_weights",
+        "model.adapters", "sampling.json_schema")  # keys here are the user's or the engine's
 
 
 def _keys_beside(config: Mapping, key: str) -> tuple[list[str], str]:
@@ -245,7 +246,7 @@ def compose(name: str | None = None, *overrides: str, config_dir: str | Path | N
     """Compose a configuration and check it.
 
     Args:
-        name: a task (`"train"`, `"infer"`, `"benchmark"`, `"export"`) or an experiment (`"train_bert"`).
+        name: a task (`"train"`, `"infer"`, `"benchmark"`, `"export"`, `"serve"`) or an experiment (`"train_bert"`).
         overrides: words as typed on the command line, e.g. `"mode=toy"`, `"trainer.training_kwargs.learning_rate=1e-4"`.
         config_dir: a folder with a tree of one's own, added to the package's.
     Returns:

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from .blocks import OWNED, OWNED_LORA, UNUSED, BenchmarkSchema, Block, ExportSchema, InferSchema, train_block
+from .blocks import OWNED, OWNED_LORA, UNUSED, BenchmarkSchema, Block, ExportSchema, InferSchema, ServeSchema, train_block
 from ..runtime import did_you_mean
 
 # %% ../../nbs/config/03_schema.ipynb #c9505a0c
@@ -214,7 +214,7 @@ def problems_of(task: str, config: Mapping) -> list[str]:
     """Return every problem of a composed configuration as a sentence; an empty list means it can run.
 
     Args:
-        task: `"train"`, `"infer"`, `"benchmark"` or `"export"`.
+        task: `"train"`, `"infer"`, `"benchmark"`, `"export"` or `"serve"`.
         config: the resolved tree as plain data.
     """
     refused = _forbidden(config)
@@ -223,7 +223,8 @@ def problems_of(task: str, config: Mapping) -> list[str]:
     if task == "train" and config.get("family") not in ("bert", "llm", "mllm"):
         return [f"family: must be one of bert, llm, mllm, but is {describe(config.get('family'))}."
                 + did_you_mean(str(config.get("family")), ("bert", "llm", "mllm"))]
-    schema = {"infer": InferSchema, "benchmark": BenchmarkSchema, "export": ExportSchema}.get(task) or train_block(config["family"])
+    schema = {"infer": InferSchema, "benchmark": BenchmarkSchema, "export": ExportSchema, "serve": ServeSchema}.get(task)
+    schema = schema or train_block(config["family"])
     try:
         schema.model_validate(config)
     except ValidationError as error:
