@@ -16,9 +16,9 @@ from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, AutoModelF
 
 from supertrainer.export.gguf.architectures import SUPPORTED, plan
 from supertrainer.export.gguf.convert import convert, read_back
-from supertrainer.inference.llama import Llama
 from supertrainer.export.gguf.tensors import Planned
 from supertrainer.export.gguf.writing import write_file
+from supertrainer.inference.llama import Llama
 from supertrainer.models.builtin import train_byte_bpe, train_wordpiece
 from supertrainer.models.catalogue import get_entry, locate
 from supertrainer.runtime import UserError, no_bars, quiet

@@ -20,8 +20,8 @@ from transformers import (
 from supertrainer.chat import CHATML_TEMPLATE
 from supertrainer.export.gguf.convert import convert
 from supertrainer.export.gguf.limits import LIMITS, Limit, distance, distance_checks
-from supertrainer.inference.llama import Llama, load_failure
 from supertrainer.export.gguf.proof import places_of, prove_gguf
+from supertrainer.inference.llama import Llama, load_failure
 from supertrainer.models.builtin import train_byte_bpe, train_wordpiece
 from supertrainer.runtime import UserError
 

@@ -21,8 +21,8 @@ from transformers import (
 from transformers.models.siglip.image_processing_pil_siglip import SiglipImageProcessorPil
 
 from supertrainer.export.gguf.convert import convert
-from supertrainer.inference.llama import Llama
 from supertrainer.export.gguf.vision import convert_projector, has_projector, plan_projector
+from supertrainer.inference.llama import Llama
 from supertrainer.models.builtin import make_config, make_model, make_processor, recipe, train_byte_bpe
 from supertrainer.runtime import UserError, no_bars, quiet
 
