@@ -22,6 +22,7 @@ import torch
 
 from supertrainer import FastBERT, compose
 from supertrainer.inference.base import Sampling
+from supertrainer.models.base import load_finished
 from supertrainer.run.answering import open_engine
 from supertrainer.runtime import UserError
 
@@ -48,6 +49,16 @@ def documents():
     return found
 
 
+def language_model():
+    """Return SmolLM2 as a folder of float32 weights; the packaged GGUF file itself would be run in its 4 bits by llama.cpp."""
+    folder = Path(tempfile.gettempdir()) / "supertrainer-benchmark" / "smollm2"
+    if not (folder / "tokenizer.json").is_file():
+        _, model, tokenizer = load_finished("smollm2", dtype="float32", device="cpu")
+        model.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+    return folder
+
+
 def opened(name, path):
     """Open an engine by its name and overrides; return it and the seconds this took."""
     kind, *overrides = name.split()
@@ -60,7 +71,7 @@ def opened(name, path):
 @torch.no_grad()
 def reference(new_tokens):
     """Return hf's prompts, greedy answers, their log-probabilities and its margin at each place."""
-    with opened("hf", "smollm2")[0] as hf:
+    with opened("hf", language_model())[0] as hf:
         prompts = [hf.prompt_ids(turns) for turns in questions()]
         answers = [list(one.token_ids) for one in hf.generate(questions(), Sampling(max_new_tokens=new_tokens))]
         scores, margins = hf.score(prompts, answers), []
@@ -93,7 +104,7 @@ def error_of(engine, wanted):
 def compare_language_model(name, wanted, new_tokens):
     """Return one row of the table for SmolLM2."""
     prompts, answers, _, margins = wanted
-    engine, seconds = opened(name, "smollm2")
+    engine, seconds = opened(name, language_model())
     with engine:
         same_prompts = sum(engine.prompt_ids(turns) == prompt for turns, prompt in zip(questions(), prompts, strict=True))
         error, compared = error_of(engine, wanted)

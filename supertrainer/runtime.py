@@ -291,8 +291,8 @@ class MemoryMeter:
             self.peak_mb = self.peak_total_mb - getattr(self, "_begin_cuda", 0.0)
 
 # %% ../nbs/00_runtime.ipynb #7ed678e0
-STACK = ("supertrainer", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers",
-         "hydra-core", "scikit-learn", "numpy", "gguf", "triton", "liger-kernel", "unsloth")
+STACK = ("supertrainer", "torch", "transformers", "trl", "peft", "accelerate", "datasets", "bitsandbytes", "tokenizers", "numpy",
+         "hydra-core", "scikit-learn", "gguf", "triton", "liger-kernel", "unsloth", "onnxruntime", "openvino", "vllm", "xllamacpp")
 
 
 def _cpu_name() -> str:
@@ -387,10 +387,8 @@ def human_seconds(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.2f} s"
     whole = round(seconds)
-    if whole < 60:
-        return f"{whole} s"
     if whole < 3600:
-        return f"{whole // 60} min {whole % 60:02d} s"
+        return f"{whole} s" if whole < 60 else f"{whole // 60} min {whole % 60:02d} s"
     return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
 
 

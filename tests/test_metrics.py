@@ -55,8 +55,8 @@ def test_log_loss_in_float64():
 def test_results_have_the_reports_form():
     found = c.classification_report([0, 1, 1], [0, 1, 0], ["x", "y"], [1], [[0.9, 0.1], [0.2, 0.8], [0.6, 0.4]])
     plain = found.to_dict()
-    assert set(plain) == {"scores", "per_class", "confusion"}
-    assert set(plain["scores"]) == {"accuracy", "macro_f1", "log_loss", "accuracy_baseline", "macro_f1_baseline"}
+    assert set(plain) == {"scores", "averages", "per_class", "confusion"}
+    assert set(plain["scores"]) == {"accuracy", "macro_f1", "weighted_f1", "log_loss", "accuracy_baseline", "macro_f1_baseline"}
     assert set(plain["per_class"][0]) == {"label", "precision", "recall", "f1", "support"}
     assert plain["confusion"] == {"labels": ["x", "y"], "matrix": [[1, 0], [1, 1]]}
 

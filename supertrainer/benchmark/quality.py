@@ -5,243 +5,27 @@
 # %% ../../nbs/benchmark/01_quality.ipynb #64fc9bd7
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from .. import chat
+from .labels import (choose_samples, evaluate_classifier, evaluate_label_sets, evaluate_tags,
+                                           intervals_of, spread, with_metrics)
+from .loss import evaluate_chat_loss, evaluate_score_loss, loss_batches
+from .rows import make_rows
 from ..inference.base import Completion, Engine, Sampling
-from ..inference.encoders import Asked
-from ..metrics import classification, generation, multi_label
-from ..metrics import tags as tagging
-from ..patching import masked_loss
+from ..metrics import classification, generation
+from ..metrics.answers import labels_of
 from ..runtime import UserError
 
+_all_ = ["evaluate_classifier", "evaluate_label_sets", "evaluate_tags", "evaluate_chat_loss", "evaluate_score_loss",
+         "loss_batches", "spread"]  # part of this face
+
 # %% auto #0
-__all__ = ['OTHER', 'spread', 'choose_samples', 'shown_input', 'numbers_of', 'evaluate_classifier', 'evaluate_label_sets',
-           'shown_tags', 'evaluate_tags', 'loss_batches', 'evaluate_chat_loss', 'split_answer', 'last_question',
-           'answer_samples', 'pair_samples', 'evaluate_generation', 'answer_confusion', 'evaluate_vision']
-
-# %% ../../nbs/benchmark/01_quality.ipynb #9bb9fe75
-def spread(count: int, wanted: int) -> list[int]:
-    """`wanted` row numbers spread evenly over `count` rows, in order; all of them when there are fewer."""
-    wanted = min(count, wanted)
-    return [(2 * i + 1) * count // (2 * wanted) for i in range(wanted)]
-
-
-def choose_samples(correct: Sequence[bool], wanted: int) -> list[int]:
-    """Row numbers to show: half wrong and half right ones where possible, each spread over the rows; wrong first."""
-    right = [i for i, ok in enumerate(correct) if ok]
-    wrong = [i for i, ok in enumerate(correct) if not ok]
-    n_wrong = min(len(wrong), max(wanted - wanted // 2, wanted - len(right)))
-    return [wrong[i] for i in spread(len(wrong), n_wrong)] + [right[i] for i in spread(len(right), wanted - n_wrong)]
-
-# %% ../../nbs/benchmark/01_quality.ipynb #c9596263
-def shown_input(asked: Asked) -> str:
-    """What an encoder was asked, as one text: two texts are joined by a bar, words by spaces."""
-    return asked if isinstance(asked, str) else (" | " if isinstance(asked, tuple) else " ").join(asked)
-
-
-def numbers_of(names: Sequence[str], answered: Iterable[str]) -> dict[str, int]:
-    """The number of each label name; a `UserError` if an answer is not among them."""
-    index = {name: i for i, name in enumerate(names)}
-    if unknown := sorted(set(answered) - set(index)):
-        raise UserError(f"The model answers with labels the data does not have: {', '.join(unknown[:5])}. "
-                        f"The data's labels: {', '.join(names[:12])}.")  # fmt: skip
-    return index
-
-# %% ../../nbs/benchmark/01_quality.ipynb #78e6f02a
-def evaluate_classifier(
-    engine: Engine,
-    texts: Sequence[Asked],
-    labels: Sequence[int],
-    label_names: Sequence[str],
-    train_labels: Sequence[int] | None = None,
-    samples: int = 10,
-) -> dict[str, Any]:
-    """Classify held-out texts and score the answers.
-
-    Args:
-        engine: has `classify(texts)` giving, per text, a `label` and `probabilities` by label name.
-        texts: held-out texts, or pairs of texts.
-        labels: their label indices.
-        label_names: label names in index order.
-        train_labels: label indices of the train split, for the majority baseline.
-        samples: how many rows to keep for a reader.
-
-    Returns:
-        `metric`, `scores`, `per_class`, `confusion`, `samples`, `warnings` as in a run's `results.json`.
-
-    Raises:
-        UserError: the engine answers with a label that is not in the list.
-    """
-    answers = engine.classify(list(texts))
-    names = list(map(str, label_names))
-    index = numbers_of(names, (answer.label for answer in answers))
-    predicted = [index[answer.label] for answer in answers]
-    probabilities = [[answer.probabilities[name] for name in names] for answer in answers]
-    scores = classification.classification_report(labels, predicted, names, train_labels, probabilities)
-    correct = [p == t for p, t in zip(predicted, labels, strict=True)]
-    shown = [
-        {"input": shown_input(texts[i]), "expected": names[labels[i]], "after": answers[i].label, "split": "held out",
-         "correct": correct[i], "probability": answers[i].probabilities[answers[i].label]}
-        for i in choose_samples(correct, samples)
-    ]  # fmt: skip
-    warnings = classification.warnings_for(scores)
-    return {"metric": classification.metric_row(scores), **scores.to_dict(), "samples": shown, "warnings": warnings}
-
-# %% ../../nbs/benchmark/01_quality.ipynb #8a2ca04c
-def evaluate_label_sets(
-    engine: Engine,
-    texts: Sequence[Asked],
-    label_sets: Sequence[Sequence[int]],
-    label_names: Sequence[str],
-    train_sets: Sequence[Sequence[int]] | None = None,
-    samples: int = 10,
-) -> dict[str, Any]:
-    """Let a multi-label model label held-out texts and score the sets.
-
-    Args:
-        engine: has `classify(texts)` giving, per text, `labels` and `probabilities` by label name.
-        texts: held-out texts, or pairs of texts.
-        label_sets: their label indices.
-        label_names: label names in index order.
-        train_sets: label indices of the train split, for the baseline.
-        samples: how many rows to keep for a reader.
-
-    Returns:
-        `metric`, `scores`, `per_class`, `samples`, `warnings` as in a run's `results.json`.
-
-    Raises:
-        UserError: the model gives one label a text, or a label that is not in the list.
-    """
-    answers, names = engine.classify(list(texts)), list(map(str, label_names))
-    if any(answer.labels is None for answer in answers):
-        raise UserError("The rows have any number of labels, and this model gives each text exactly one.")
-    index = numbers_of(names, (name for answer in answers for name in answer.labels))
-    predicted = [sorted(index[name] for name in answer.labels) for answer in answers]
-    scores = multi_label.multi_label_report(label_sets, predicted, names, train_sets)
-    correct = [p == sorted(set(t)) for p, t in zip(predicted, label_sets, strict=True)]
-    shown = [
-        {"input": shown_input(texts[i]), "expected": multi_label.set_text([names[n] for n in sorted(label_sets[i])]),
-         "after": multi_label.set_text(answers[i].labels), "split": "held out", "correct": correct[i]}
-        for i in choose_samples(correct, samples)
-    ]  # fmt: skip
-    warnings = multi_label.warnings_for_sets(scores, predicted)
-    return {"metric": multi_label.metric_row_of_sets(scores), **scores.to_dict(), "samples": shown, "warnings": warnings}
-
-# %% ../../nbs/benchmark/01_quality.ipynb #f258d248
-def shown_tags(words: Sequence[str], tags: Sequence[str]) -> str:
-    """Words with their tags as one text, `O` left out: `Paris/B-LOC`."""
-    return " ".join(f"{word}/{tag}" for word, tag in zip(words, tags, strict=True) if tag != "O") or "no word is tagged"
-
-
-def evaluate_tags(
-    engine: Engine,
-    tokens: Sequence[Sequence[str]],
-    tags: Sequence[Sequence[int]],
-    label_names: Sequence[str],
-    train_tags: Sequence[Sequence[int]] | None = None,
-    samples: int = 10,
-) -> dict[str, Any]:
-    """Let a tagger tag held-out words and score entities and words.
-
-    Args:
-        engine: has `classify(rows of words)` giving, per row, `tags`.
-        tokens: the words of each held-out row.
-        tags: their tag indices.
-        label_names: tag names in index order.
-        train_tags: tag indices of the train split, for the baseline.
-        samples: how many rows to keep for a reader.
-
-    Returns:
-        `metric`, `scores`, `per_class` (by type of entity), `samples`, `warnings` as in a run's `results.json`.
-
-    Raises:
-        UserError: the model tags no words, or with tags that are not in the list.
-    """
-    rows, names = [list(words) for words in tokens], list(map(str, label_names))
-    answers = engine.classify(rows)
-    if any(answer.tags is None for answer in answers):
-        raise UserError("The rows have a tag for each word, and this model gives a text one answer.")
-    numbers_of(names, (tag for answer in answers for tag in answer.tags))
-    truth, guess = [[names[n] for n in row] for row in tags], [list(answer.tags) for answer in answers]
-    known = None if train_tags is None else [[names[n] for n in row] for row in train_tags]
-    scores = tagging.tag_report(truth, guess, names, known)
-    correct = [true == said for true, said in zip(truth, guess, strict=True)]
-    shown = [
-        {"input": shown_input(rows[i]), "expected": shown_tags(rows[i], truth[i]), "after": shown_tags(rows[i], guess[i]),
-         "split": "held out", "correct": correct[i]}
-        for i in choose_samples(correct, samples)
-    ]  # fmt: skip
-    warnings = tagging.warnings_for_tags(scores)
-    return {"metric": tagging.metric_row_of_tags(scores), **scores.to_dict(), "samples": shown, "warnings": warnings}
-
-# %% ../../nbs/benchmark/01_quality.ipynb #6cf9ba3c
-def loss_batches(
-    dataset: Iterable[Mapping[str, Any]], pad_token_id: int, batch_size: int
-) -> list[tuple[dict[str, torch.Tensor], int]]:
-    """Encoded rows as padded batches of similar length, each with its number of loss tokens; rows without any are left out.
-
-    Args:
-        dataset: rows with `input_ids` and `labels`, flat lists of the same length.
-        pad_token_id: fills `input_ids`; `labels` are filled with -100 and the attention mask with 0.
-        batch_size: rows per batch.
-
-    Returns:
-        Model inputs (`input_ids`, `attention_mask`, `labels`, each `[rows, length]`) and counts.
-    """
-    rows = [(list(row["input_ids"]), list(row["labels"])) for row in dataset]
-    rows = sorted((row for row in rows if any(label != -100 for label in row[1][1:])), key=lambda row: len(row[0]))
-    batches = []
-    for start in range(0, len(rows), batch_size):
-        part = rows[start : start + batch_size]
-        length = max(len(ids) for ids, _ in part)
-        batch = {
-            "input_ids": torch.tensor([ids + [pad_token_id] * (length - len(ids)) for ids, _ in part]),
-            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in part]),
-            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in part]),
-        }
-        batches.append((batch, int((batch["labels"][:, 1:] != -100).sum())))
-    return batches
-
-# %% ../../nbs/benchmark/01_quality.ipynb #0a406b71
-def evaluate_chat_loss(
-    model: torch.nn.Module, dataset: Iterable[Mapping[str, Any]], pad_token_id: int, batch_size: int = 8
-) -> dict[str, float]:
-    """Held-out loss of a causal model: the mean over all loss tokens, exactly weighted.
-
-    Args:
-        model: causal model; its training mode is restored afterwards.
-        dataset: encoded rows with `input_ids` and `labels`.
-        pad_token_id: for the padding between rows of a batch.
-        batch_size: rows per forward; does not change the result beyond rounding.
-
-    Returns:
-        `loss` in nats per token, `perplexity`, `tokens` (how many carried loss), `rows` (how many were used).
-
-    Raises:
-        UserError: no token of the data set carries loss.
-    """
-    batches = loss_batches(dataset, pad_token_id, batch_size)
-    tokens = sum(count for _, count in batches)
-    if not tokens:
-        raise UserError("No token of the held-out rows carries loss, so there is nothing to measure. "
-                        "Do the rows have an assistant's turn, and does it fit max_length?")  # fmt: skip
-    device, training, total = next(model.parameters()).device, model.training, 0.0
-    model.eval()
-    try:
-        with torch.no_grad():
-            for batch, count in batches:
-                inputs = {name: value.to(device) for name, value in batch.items()}
-                total += float(masked_loss(model, inputs)) * count
-    finally:
-        model.train(training)
-    loss = total / tokens
-    rows = sum(len(batch["input_ids"]) for batch, _ in batches)
-    return {"loss": loss, "perplexity": generation.perplexity(loss), "tokens": tokens, "rows": rows}
+__all__ = ['OTHER', 'split_answer', 'last_question', 'answer_samples', 'pair_samples', 'evaluate_generation', 'with_labels',
+           'answer_confusion', 'evaluate_vision', 'evaluate_classifier', 'evaluate_label_sets', 'evaluate_tags',
+           'evaluate_chat_loss', 'evaluate_score_loss', 'loss_batches', 'spread']
 
 # %% ../../nbs/benchmark/01_quality.ipynb #50a7dd4e
 def split_answer(messages: Sequence[Mapping[str, Any]]) -> tuple[list[dict[str, Any]], str]:
@@ -303,24 +87,69 @@ def pair_samples(before: Sequence[Mapping[str, Any]], after: Sequence[Mapping[st
 
 # %% ../../nbs/benchmark/01_quality.ipynb #af97eb92
 def evaluate_generation(
-    completions: Sequence[Completion | str], rows: Sequence[Mapping[str, Any]], train_answers: Sequence[str] | None = None
+    completions: Sequence[Completion | str],
+    rows: Sequence[Mapping[str, Any]],
+    train_answers: Sequence[str] | None = None,
+    metrics: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
+    image_column: str | None = None,
 ) -> dict[str, Any]:
     """Score generated answers against the rows' own.
 
     Args:
         completions: what the engine gave (objects with `text`, or strings).
-        rows: mappings with `messages`, as many.
+        rows: mappings with `messages`, as many; `answers`, where a row has them, are all texts that would be right.
         train_answers: answers of the train split, for the majority baseline.
+        metrics: more scores, by name.
+        labels: the answers a classifying language model may give.
+        image_column: column with the row's image, where there is one, for the names of rows.
 
     Returns:
-        `metric` (exact match beside the majority answer) and `scores`.
+        `metric` (exact match, or accuracy with labels, beside the majority answer), `scores`, `intervals`, `per_row`; with
+        labels also `per_class`, `confusion`, `averages` and `warnings`.
     """
-    texts = [one if isinstance(one, str) else one.text for one in completions]
-    references = [split_answer(row["messages"])[1] for row in rows]
+    texts = [(one if isinstance(one, str) else one.text).strip() for one in completions]
+    pairs = [split_answer(row["messages"]) for row in rows]
+    references = [expected for _, expected in pairs]
     scores = generation.generation_report(texts, references, train_answers)
     name = None if scores.majority_answer is None else f"always {scores.majority_answer!r}"
     metric = {"name": "exact_match", "value": scores.exact_match, "baseline": scores.exact_match_baseline, "baseline_name": name}
-    return {"metric": metric, "scores": scores.to_dict()}
+    each = {one: [getattr(generation, one)(*pair) for pair in zip(texts, references, strict=True)]
+            for one in ("exact_match", "token_f1", "rouge_l")}  # fmt: skip
+    asked = [prompt if image_column is None else [prompt, row[image_column]] for (prompt, _), row in zip(pairs, rows, strict=True)]
+    kept = make_rows(asked, [last_question(prompt) for prompt, _ in pairs], references, texts,
+                     [value == 1 for value in each["exact_match"]], each["token_f1"], "token_f1")
+    result = {"metric": metric, "scores": scores.to_dict(), "intervals": intervals_of(len(rows), each), "per_row": kept}
+    if labels:
+        result = with_labels(result, labels, train_answers)
+    return with_metrics(result, metrics, [row.get("answers") or expected for row, expected in zip(rows, references, strict=True)])
+
+# %% ../../nbs/benchmark/01_quality.ipynb #324cfafd
+def with_labels(result: dict[str, Any], labels: Sequence[str], train_answers: Sequence[str] | None = None) -> dict[str, Any]:
+    """Return results of generated answers with those of a classifier.
+
+    Args:
+        result: of `evaluate_generation`.
+        labels: all answers there may be.
+        train_answers: answers of the train split, for the majority baseline.
+    Raises:
+        UserError: an expected answer is none of the labels.
+    """
+    rows, index = result["per_row"], {label: number for number, label in enumerate(labels)}
+    expected = labels_of([row["expected"] for row in rows], labels)
+    if None in expected:
+        wrong = rows[expected.index(None)]["expected"]
+        raise UserError(f"benchmark.labels: the expected answer {wrong!r} is none of the labels {', '.join(labels)}.")
+    said = labels_of([row["answer"] for row in rows], labels)
+    truth, guess = ([None if one is None else index[one] for one in side] for side in (expected, said))
+    train = None if train_answers is None else [index[one] for one in labels_of(train_answers, labels) if one is not None]
+    scores = classification.classification_report(truth, guess, labels, train or None)
+    correct = [a == b for a, b in zip(truth, guess, strict=True)]
+    kept = [{**row, "correct": ok, "label": label} for row, ok, label in zip(rows, correct, said, strict=True)]
+    table = scores.to_dict()
+    return {**result, **table, "metric": classification.metric_row(scores), "warnings": classification.warnings_for(scores),
+            "scores": {**table["scores"], "unknown_rate": scores.unknown_rate or 0.0, **result["scores"]},
+            "intervals": {**result["intervals"], **intervals_of(len(rows), {"accuracy": correct})}, "per_row": kept}  # fmt: skip
 
 # %% ../../nbs/benchmark/01_quality.ipynb #773dc4b2
 OTHER = "(other)"
@@ -359,6 +188,8 @@ def evaluate_vision(
     train_answers: Sequence[str] | None = None,
     samples: int = 10,
     image_dir: str | Path | None = None,
+    metrics: Sequence[str] = (),
+    labels: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Generate answers to questions about images and compare them by exact match.
 
@@ -370,18 +201,19 @@ def evaluate_vision(
         train_answers: answers of the train split, for the majority baseline.
         samples: how many rows to keep for a reader.
         image_dir: folder in the run folder for the samples' images; None keeps no images.
+        metrics, labels: as of `evaluate_generation`.
 
     Returns:
-        `metric`, `scores`, `samples`, and `confusion` when there are at most 30 distinct answers.
+        What `evaluate_generation` returns, `samples`, and `confusion` when there are at most 30 distinct answers.
     """
     rows = list(rows)
     answered = answer_samples(engine, rows, sampling, image_column=image_column)
     answers, expected = [s["after"] for s in answered], [s["expected"] for s in answered]
-    result = evaluate_generation(answers, rows, train_answers)
-    correct = [generation.exact_match(a, e) == 1.0 for a, e in zip(answers, expected, strict=True)]
+    result = evaluate_generation(answers, rows, train_answers, metrics, labels, image_column)
+    correct = [row["correct"] for row in result["per_row"]]
     shown = []
     for number, i in enumerate(choose_samples(correct, samples)):
         image = None if image_dir is None else _save_image(rows[i][image_column], Path(image_dir), number)
         shown.append({**answered[i], "correct": correct[i], "image": image})
-    confusion = answer_confusion(answers, expected)
+    confusion = result.get("confusion") or answer_confusion(answers, expected)
     return {**result, "samples": shown, **({} if confusion is None else {"confusion": confusion})}

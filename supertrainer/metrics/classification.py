@@ -14,8 +14,9 @@ from sklearn import metrics as sk
 from ..runtime import UserError
 
 # %% auto #0
-__all__ = ['label_indices', 'MajorityBaseline', 'majority_baseline', 'log_loss', 'ClassScore', 'ClassificationScores',
-           'classification_report', 'warnings_for', 'metric_row']
+__all__ = ['UNKNOWN', 'label_indices', 'MajorityBaseline', 'majority_baseline', 'log_loss', 'ClassScore', 'Average',
+           'ClassificationScores', 'predictions', 'averages_of', 'macro_f1', 'classification_report', 'warnings_for',
+           'metric_row']
 
 # %% ../../nbs/metrics/00_classification.ipynb #f7c2d676
 def label_indices(values: Sequence[int], n_labels: int, what: str) -> np.ndarray:
@@ -116,12 +117,26 @@ class ClassScore:
 
 
 @dataclass(frozen=True)
+class Average:
+    """Precision, recall and F1 averaged over the labels that occur."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+UNKNOWN = "(unknown)"
+
+
+@dataclass(frozen=True)
 class ClassificationScores:
     """Scores of predicted labels on held-out rows.
 
-    `confusion[i][j]` counts rows of true label `labels[i]` predicted as `labels[j]`. `macro_f1` is the mean of F1 over
-    the labels that occur among the true or predicted ones, as in scikit-learn. `majority` and `log_loss` are None when
-    no training labels or no probabilities were given.
+    `confusion[i][j]` counts rows of true label `labels[i]` predicted as `labels[j]`; where rows are unknown it has one more
+    row (of zeros) and column for them. `macro_f1` is the mean of F1 over the labels that occur among the true or predicted
+    ones, as in scikit-learn; `averages` has `micro`, `macro` and `weighted`. `majority` and `log_loss` are None when no
+    training labels or no probabilities were given. `unknown_rate` is the share of rows without a label; None where the
+    model always gives one.
     """
 
     accuracy: float
@@ -130,8 +145,10 @@ class ClassificationScores:
     labels: tuple[str, ...]
     per_class: tuple[ClassScore, ...]
     confusion: tuple[tuple[int, ...], ...]
+    averages: Mapping[str, Average]
     majority: MajorityBaseline | None = None
     log_loss: float | None = None
+    unknown_rate: float | None = None
 
     @property
     def majority_baseline(self) -> float | None:
@@ -143,24 +160,52 @@ class ClassificationScores:
         found: dict[str, float | None] = {
             "accuracy": self.accuracy,
             "macro_f1": self.macro_f1,
+            "weighted_f1": self.averages["weighted"].f1,
             "log_loss": self.log_loss,
+            "unknown_rate": self.unknown_rate,
             "accuracy_baseline": self.majority_baseline,
             "macro_f1_baseline": None if self.majority is None else self.majority.macro_f1,
         }
         return {name: value for name, value in found.items() if value is not None}
 
     def to_dict(self) -> dict:
-        """A plain dict in the form of a run's `results.json`: `scores`, `per_class`, `confusion`."""
+        """A plain dict in the form of a run's `results.json`: `scores`, `averages`, `per_class`, `confusion`."""
+        names = [*self.labels, *([UNKNOWN] if len(self.confusion) > len(self.labels) else [])]
         return {
             "scores": self.scores(),
+            "averages": {name: asdict(average) for name, average in self.averages.items()},
             "per_class": [asdict(score) for score in self.per_class],
-            "confusion": {"labels": list(self.labels), "matrix": [list(row) for row in self.confusion]},
+            "confusion": {"labels": names, "matrix": [list(row) for row in self.confusion]},
         }
 
 # %% ../../nbs/metrics/00_classification.ipynb #0d0faa81
+def predictions(y_pred: Sequence[int | None], n_labels: int) -> tuple[np.ndarray, bool]:
+    """Predicted labels as an array `[rows]`, in which unknown (`None`) is `n_labels`, and whether there is any."""
+    unknown = any(value is None for value in y_pred)
+    values = [n_labels if value is None else value for value in y_pred] if unknown else y_pred
+    return label_indices(values, n_labels + unknown, "predicted labels"), unknown
+
+
+def averages_of(truth: np.ndarray, predicted: np.ndarray, n_labels: int) -> dict[str, Average]:
+    """Micro, macro and weighted averages over the labels that occur among the true or predicted ones."""
+    occurring = [label for label in np.union1d(truth, predicted) if label < n_labels]
+    found = {}
+    for how in ("micro", "macro", "weighted"):
+        values = sk.precision_recall_fscore_support(truth, predicted, labels=occurring, average=how, zero_division=0)
+        found[how] = Average(*map(float, values[:3]))
+    return found
+
+# %% ../../nbs/metrics/00_classification.ipynb #92973ed1
+def macro_f1(truth: np.ndarray, predicted: np.ndarray, n_labels: int) -> float:
+    """Mean F1 over the labels that occur, as `f1_score(average="macro")`; int64 arrays `[rows]`, `n_labels` is unknown."""
+    right, found, true = (np.bincount(one, minlength=n_labels)[:n_labels] for one in (truth[truth == predicted], predicted, truth))
+    occurring = found + true > 0
+    return float((2 * right[occurring] / (found + true)[occurring]).mean())
+
+# %% ../../nbs/metrics/00_classification.ipynb #da071b33
 def classification_report(
     y_true: Sequence[int],
-    y_pred: Sequence[int],
+    y_pred: Sequence[int | None],
     labels: Sequence[str],
     train_labels: Sequence[int] | None = None,
     probabilities: Sequence[Sequence[float]] | None = None,
@@ -169,7 +214,7 @@ def classification_report(
 
     Args:
         y_true: true label indices, shape `[rows]`.
-        y_pred: predicted label indices, shape `[rows]`.
+        y_pred: predicted label indices, shape `[rows]`; None where the model gave no label.
         labels: label names; the position is the index.
         train_labels: label indices of the train split, for the majority baseline.
         probabilities: shape `[rows, labels]`, for the log loss.
@@ -181,23 +226,26 @@ def classification_report(
         UserError: no rows, lengths differ, or a label lies outside the list.
     """
     truth = label_indices(y_true, len(labels), "true labels")
-    predicted = label_indices(y_pred, len(labels), "predicted labels")
+    predicted, unknown = predictions(y_pred, len(labels))
     if not truth.size or truth.size != predicted.size:
         raise UserError(f"Need as many predictions as labels and at least one: got {predicted.size} and {truth.size}.")
-    every = np.arange(len(labels))
+    every, averages = np.arange(len(labels)), averages_of(truth, predicted, len(labels))
     columns = sk.precision_recall_fscore_support(truth, predicted, labels=every, zero_division=0)
     per_class = tuple(
         ClassScore(name, float(p), float(r), float(f), int(n)) for name, p, r, f, n in zip(labels, *columns, strict=True)
     )
     return ClassificationScores(
         accuracy=float(sk.accuracy_score(truth, predicted)),
-        macro_f1=float(sk.f1_score(truth, predicted, average="macro", zero_division=0)),
+        macro_f1=averages["macro"].f1,
         rows=int(truth.size),
         labels=tuple(labels),
         per_class=per_class,
-        confusion=tuple(tuple(map(int, row)) for row in sk.confusion_matrix(truth, predicted, labels=every)),
+        confusion=tuple(tuple(map(int, row)) for row in
+                        sk.confusion_matrix(truth, predicted, labels=np.arange(len(labels) + unknown))),
+        averages=averages,
         majority=None if train_labels is None else majority_baseline(train_labels, y_true, labels),
         log_loss=None if probabilities is None else log_loss(y_true, probabilities),
+        unknown_rate=float(np.mean(predicted == len(labels))) if unknown else None,
     )
 
 # %% ../../nbs/metrics/00_classification.ipynb #3ed131af
@@ -206,12 +254,15 @@ def warnings_for(scores: ClassificationScores) -> list[str]:
     found = []
     predicted = np.asarray(scores.confusion).sum(axis=0)
     if np.count_nonzero(predicted) == 1 and scores.rows > 1:
-        found.append(f"Every row was given the same label, {scores.labels[int(predicted.argmax())]!r}.")
+        same = (*scores.labels, UNKNOWN)[int(predicted.argmax())]
+        found.append(f"Every row was given the same label, {same!r}.")
     if scores.majority is not None and scores.accuracy <= scores.majority.accuracy:
         found.append(
             f"Accuracy {scores.accuracy:.3f} is not above the majority baseline {scores.majority.accuracy:.3f} "
             f"(always {scores.majority.label!r})."
         )
+    if scores.unknown_rate:
+        found.append(f"{scores.unknown_rate:.1%} of the answers are none of the labels; they count as wrong.")
     return found
 
 

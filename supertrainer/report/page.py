@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup, escape
 
 from . import sections
+from .engines import engine_section
 from .figures import bar, heat_map, largest_classes, top_mistakes
 from .numbers import number, words
 from .reading import RunFolder, read_run
@@ -87,6 +88,7 @@ def context(run: RunFolder) -> dict[str, Any]:
             "tokens_apply": bool(results.get("loss_tokens")) or family in ("llm", "mllm"),
             "seconds": sections.figure_rows(results.get("seconds") or {}, as_time=True),
             "speed": sections.figure_rows(results.get("speed") or {}), "config": colour_yaml(run.config_text),
+            "engines": engine_section(results),
             "missing": lambda what, evaluated=True: sections.missing(run, what, evaluated), "bar": bar,
             "first_of": lambda values: islice(values, 40)}
     return seen | class_context(results, family)
@@ -105,7 +107,7 @@ def class_context(results: dict[str, Any], family: str | None) -> dict[str, Any]
             "mistakes": top_mistakes(labels, matrix) if drawn else [], "classes_left_out": max(0, len(labels) - 25)}
 
 # %% ../../nbs/report/04_page.ipynb #f99d846c
-CONTENTS = (("scores", "Scores"), ("curves", "Curves"), ("classes", "Classes"), ("samples", "Samples"),
+CONTENTS = (("engines", "Engines"), ("scores", "Scores"), ("curves", "Curves"), ("classes", "Classes"), ("samples", "Samples"),
             ("tokens", "Tokens"), ("checks", "Checks"), ("kernels", "Kernels"), ("cost", "Time and speed"), ("decisions", "Decisions"),
             ("data", "Data"), ("environment", "Environment"), ("repeat", "Repeat"))
 
@@ -116,7 +118,8 @@ def render(run: RunFolder) -> str:
     environment.filters |= {"number": number, "words": words}
     template = resources.files("supertrainer.report").joinpath("template.html.j2").read_text("utf-8")
     values = context(run)
-    shown = {"classes": values["classes_apply"], "tokens": values["tokens_apply"], "kernels": bool(values["results"]["patches"])}
+    shown = {"classes": values["classes_apply"], "tokens": values["tokens_apply"], "kernels": bool(values["results"]["patches"]),
+             "engines": values["engines"] is not None}
     contents = [(key, title) for key, title in CONTENTS if shown.get(key, True)]
     return environment.from_string(template).render(values, contents=contents)
 

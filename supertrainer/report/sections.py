@@ -25,8 +25,8 @@ from .reading import RunFolder, curve, evaluation_keys
 
 # %% ../../nbs/report/03_sections.ipynb #d02362e7
 def lower_is_better(name: str) -> bool:
-    """Return whether a metric of this name improves downwards (losses, perplexities, errors, times)."""
-    return any(word in name.lower() for word in ("loss", "perplexity", "error", "latency", "seconds"))
+    """Return whether a metric of this name improves downwards (losses, perplexities, errors, times, shares of unknown answers)."""
+    return any(word in name.lower() for word in ("loss", "perplexity", "error", "latency", "seconds", "rmse", "unknown", "not_a_number"))
 
 
 def is_number(value: object) -> bool:

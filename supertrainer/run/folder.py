@@ -14,6 +14,9 @@ from typing import Any
 
 import yaml
 
+from ..benchmark.comparison import engine_row
+from ..benchmark.rows import FILE as ROWS_FILE
+from ..benchmark.rows import write_rows
 from ..benchmark.table import format_table
 from ..check import CheckLog
 from ..config import StrictDict
@@ -96,6 +99,8 @@ class Run:
 def _headline(results: dict[str, Any]) -> list[str]:
     if not results:
         return ["no results yet"]
+    if results.get("engines"):
+        return format_table([engine_row(record) for record in results["engines"]]).splitlines()
     return format_table([{key: value for key, value in result_row(results).items() if value is not None}]).splitlines()
 
 
@@ -165,7 +170,10 @@ def write_config(folder: Path, cfg: StrictDict) -> None:
 
 
 def finish(run: Run) -> Run:
-    """Write `results.json` and `report.html` of a run, and return it."""
+    """Write `results.json` and `report.html` of a run, and `per_row.jsonl` (see `benchmark.rows`) where rows were measured."""
+    rows = run.results.pop("per_row", [])
+    if rows:
+        write_rows(run.dir / ROWS_FILE, rows)
     write_json(run.dir / "results.json", run.results)
     write_report(run.dir)
     return run

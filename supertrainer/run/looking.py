@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'MEASURES', 'held_out', 'sample_rows', 'ask', 'look_before', 'engine_for', 'sampling_for', 'held_out_loss',
-           'look_after', 'limited', 'asked_rows', 'look_at_labels', 'look_at_chats', 'look_at_images', 'speed_of']
+           'look_after', 'limited', 'asked_rows', 'look_at_labels', 'look_at_chats', 'row_losses', 'wants_answers',
+           'answers_of', 'expected_answers', 'look_at_images', 'speed_of']
 
 # %% ../../nbs/run/02_looking.ipynb #1e898b52
 import itertools
@@ -20,6 +21,7 @@ from ..inference.base import Sampling
 from ..inference.encoders import asked_of
 from ..inference.engines.hf import HFEngine
 from ..metrics.generation import unigram_loss
+from ..metrics.named import check_names
 from .recipes import Prepared, some_rows, spread
 from ..runtime import get_logger
 
@@ -57,7 +59,12 @@ def ask(engine: HFEngine, rows: Sequence[tuple[str, Mapping[str, Any]]], samplin
 
 # %% ../../nbs/run/02_looking.ipynb #e7eb7d33
 def look_before(cfg: StrictDict, model: Any, tokenizer: Any, prepared: Prepared, splits: Splits) -> dict[str, Any]:
-    """Measure what will be measured again after training; an empty dict where the mode does not evaluate."""
+    """Measure what will be measured again after training; an empty dict where the mode does not evaluate.
+
+    Raises:
+        UserError: `benchmark.metrics` has a name that nothing is registered under; better now than after hours of training.
+    """
+    check_names(cfg.benchmark.metrics)
     if not cfg.benchmark.evaluate or cfg.family == "bert":
         return {}
     log.info("asking the model before training")
@@ -141,7 +148,8 @@ def look_at_labels(cfg: StrictDict, engine: HFEngine, splits: Splits, known: Seq
         return [number[value] if isinstance(value, int) else [number[each] for each in value] for value in values]
 
     train = renumbered(splits.train) if hasattr(splits.train, "__len__") else None
-    return measure(engine, asked_rows(rows), renumbered(rows), list(known or splits.labels), train, cfg.benchmark.samples)
+    return measure(engine, asked_rows(rows), renumbered(rows), list(known or splits.labels), train, cfg.benchmark.samples,
+                   cfg.benchmark.metrics)
 
 # %% ../../nbs/run/02_looking.ipynb #a0970810
 def look_at_chats(cfg: StrictDict, engine: HFEngine, model: Any, tokenizer: Any, encoded: Any, train: Any,
@@ -152,22 +160,51 @@ def look_at_chats(cfg: StrictDict, engine: HFEngine, model: Any, tokenizer: Any,
         encoded, train: the encoded rows of the held-out and the training part.
         before: `rows` to ask about, and their `samples` and the `loss` from before training where there are any.
     """
-    after = held_out_loss(cfg, model, tokenizer, encoded)
+    after = row_losses(cfg, engine, encoded, tokenizer) or held_out_loss(cfg, model, tokenizer, encoded)
     baseline = unigram_loss(_trained_ids(train), _trained_ids(encoded), len(tokenizer))
-    results: dict[str, Any] = {"metric": {"name": "held_out_loss", "value": after["loss"], "before": before.get("loss"),
-                                          "baseline": baseline, "baseline_name": "unigram"}}
-    scores: dict[str, Any] = {"held_out_loss": {"value": after["loss"], "baseline": baseline, "before": before.get("loss")},
-                              "perplexity": after["perplexity"]}
-    if cfg.benchmark.rows and splits.kind == "chat":
-        rows = [dict(row) for row in limited(cfg, held_out(splits))]
-        answers = engine.generate([quality.split_answer(row["messages"])[0] for row in rows], sampling_for(cfg),
-                                  progress=True, tools=[row.get("tools") for row in rows])
-        scores |= quality.evaluate_generation(answers, rows)["scores"]
+    figures = {"value": after["loss"], "baseline": baseline, "before": before.get("loss")}
+    intervals = {} if after.get("interval") is None else {"held_out_loss": after["interval"]}
+    results: dict[str, Any] = {"metric": {"name": "held_out_loss", **figures, "baseline_name": "unigram"}}
+    scores: dict[str, Any] = {"held_out_loss": figures, "perplexity": after["perplexity"]}
+    answered = answers_of(cfg, engine, splits) if wants_answers(cfg, splits) else {}
+    if cfg.benchmark.labels and answered:
+        results["metric"] = answered["metric"]
     asked = ask(engine, before.get("rows", []), sampling_for(cfg), "after")
     samples = quality.pair_samples(before["samples"], asked) if before.get("samples") else asked
-    return {**results, "scores": scores, "samples": samples}
+    return {**answered, **results, "scores": scores | answered.get("scores", {}), "samples": samples,
+            "intervals": intervals | answered.get("intervals", {}),
+            "per_row": answered.get("per_row", []) + after.get("per_row", [])}
 
 
+def row_losses(cfg: StrictDict, engine: HFEngine, encoded: Any, tokenizer: Any) -> dict[str, Any] | None:
+    """Return the held-out loss with each row's own; `None` while training, and where a row is too long for the engine."""
+    longest = max(map(len, encoded["input_ids"]), default=0) if hasattr(encoded, "__len__") else None
+    if cfg.mode != "benchmark" or longest is None or longest > (engine.max_length or longest):
+        return None
+    return quality.evaluate_score_loss(engine, encoded, tokenizer.decode)
+
+# %% ../../nbs/run/02_looking.ipynb #c9fa50d4
+def wants_answers(cfg: StrictDict, splits: Splits) -> bool:
+    """Return whether held-out conversations shall be answered and scored, besides those that are shown."""
+    return splits.kind == "chat" and bool(cfg.benchmark.rows or cfg.benchmark.metrics or cfg.benchmark.labels)
+
+
+def answers_of(cfg: StrictDict, engine: Any, splits: Splits) -> dict[str, Any]:
+    """Return the scores of an engine's answers to held-out conversations, with intervals and rows."""
+    rows = [dict(row) for row in limited(cfg, held_out(splits))]
+    tools = {"tools": [row.get("tools") for row in rows]} if any(row.get("tools") for row in rows) else {}
+    answers = engine.generate([quality.split_answer(row["messages"])[0] for row in rows], sampling_for(cfg), progress=True,
+                              **tools)
+    return quality.evaluate_generation(answers, rows, expected_answers(splits.train) if cfg.benchmark.labels else None,
+                                       cfg.benchmark.metrics, cfg.benchmark.labels)
+
+
+def expected_answers(part: Any) -> list[str]:
+    """Return the expected answers of a split; of a stream, those of its first rows."""
+    seen = part["messages"] if hasattr(part, "__len__") else [row["messages"] for row in some_rows(part, 500)]
+    return [quality.split_answer(messages)[1] for messages in seen]
+
+# %% ../../nbs/run/02_looking.ipynb #d2f15360
 def _trained_ids(dataset: Any, most: int = 100_000) -> list[int]:
     """Return the tokens that carry loss; of a stream, those of its first rows."""
     rows = dataset["labels"] if hasattr(dataset, "__len__") else (row["labels"] for row in itertools.islice(dataset, 2000))
@@ -177,10 +214,9 @@ def _trained_ids(dataset: Any, most: int = 100_000) -> list[int]:
 def look_at_images(cfg: StrictDict, engine: HFEngine, splits: Splits, folder: Path) -> dict[str, Any]:
     """Score a vision-language model by what it writes about held-out images."""
     rows = [dict(row) for row in limited(cfg, held_out(splits))]
-    seen = splits.train["messages"] if hasattr(splits.train, "__len__") else [r["messages"] for r in some_rows(splits.train, 500)]
-    answers = [quality.split_answer(messages)[1] for messages in seen]
-    return quality.evaluate_vision(engine, rows, splits.columns["image"], sampling_for(cfg), train_answers=answers,
-                                   samples=cfg.benchmark.samples, image_dir=folder / "images")
+    return quality.evaluate_vision(engine, rows, splits.columns["image"], sampling_for(cfg),
+                                   train_answers=expected_answers(splits.train), samples=cfg.benchmark.samples,
+                                   image_dir=folder / "images", metrics=cfg.benchmark.metrics, labels=cfg.benchmark.labels)
 
 # %% ../../nbs/run/02_looking.ipynb #ecdfe4e1
 def speed_of(cfg: StrictDict, engine: HFEngine, splits: Splits) -> speed.Speed:

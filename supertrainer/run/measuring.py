@@ -16,9 +16,11 @@ from ..check import Check
 from ..config import StrictDict
 from ..data.base import Splits, load_splits
 from ..data.encode import encode_split
+from ..metrics.named import check_names
 from ..models.info import count_parameters, info
 from . import looking
 from .answering import open_engine
+from .harness import measure_tasks
 from .folder import Run, finish, new_folder, write_config, write_json
 from ..runtime import MemoryMeter, UserError, environment
 
@@ -90,6 +92,9 @@ def benchmark(cfg: StrictDict) -> Run:
         UserError: no such model, no rows to measure on, labels that do not match.
     """
     trained = trained_with(cfg.model.path)
+    check_names(cfg.benchmark.metrics)
+    if cfg.benchmark.tasks:
+        return measure_tasks(cfg, trained)
     base = Path(cfg.model.path) if Path(cfg.model.path).is_dir() else Path("runs")
     folder = new_folder(base, "benchmark", cfg.output.path)
     with MemoryMeter() as meter:
