@@ -168,3 +168,8 @@ def test_classes_agree_up_to_their_arithmetic():
     assert (good.labels_equal, good.near_ties, good.disagreements) == (1, 1, 0) and all(c.passed for c in class_checks("x", good))
     bad = agree_on_classes([row(0.7)], [row(0.4)])
     assert bad.disagreements == 1 and bad.probability_error == pytest.approx(0.3)
+
+
+def test_tasks_of_lm_eval_and_engines_side_by_side_are_refused_together():
+    with pytest.raises(UserError, match="one engine at a time"):
+        benchmark(compose("benchmark", "model.path=x", "engines=[hf]", "benchmark.tasks=[a]"))

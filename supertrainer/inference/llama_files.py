@@ -21,8 +21,9 @@ from ..runtime import UserError
 
 # %% ../../nbs/inference/04c_llama_files.ipynb #7f048c92
 PROCESSOR_FOLDER = "processor"  # beside a file of our cache: what made its prompts
-LIMITS = {0: 0.002, 1: 0.02, 32: 0.2, 7: 0.5}  # by general.file_type: F32, F16, BF16, Q8_0
-COARSE = 4.5  # of the types below 8 bits
+LIMITS = {0: 0.002, 1: 0.02, 32: 0.2, 7: 0.5, 18: 0.8, **dict.fromkeys((8, 9, 16, 17), 1.0),
+          **dict.fromkeys((2, 3, 14, 15), 1.5)}  # by general.file_type: F32, F16, BF16, Q8_0, Q6_K, 5 bits, 4 bits (Q4_1: 0.42 seen)
+COARSE = 4.5  # of the types below 4 bits
 
 
 @dataclass(frozen=True)

@@ -230,4 +230,6 @@ def benchmark(cfg: StrictDict) -> Run:
     Raises:
         UserError: no such model, no rows to measure on, labels that do not match, an engine that cannot run here.
     """
+    if cfg.engines and cfg.benchmark.tasks:
+        raise UserError("benchmark.tasks are measured in one engine at a time: leave engines= out and name it, e.g. engine=hf.")
     return measure_side_by_side(cfg) if cfg.engines else measuring.benchmark(cfg)
