@@ -163,6 +163,8 @@ def result_rows(requests: Sequence[Mapping[str, Any]], results: Sequence[Complet
     rows = []
     for request, result in zip(requests, results, strict=True):
         answer = {key: value for key, value in asdict(result).items() if value is not None}
+        if "log_probabilities" not in answer:
+            answer.pop("token_ids", None)  # they come with the log-probabilities they belong to
         if "text" in answer:
             answer["answer"] = answer.pop("text")
         rows.append({**{key: value if isinstance(value, (str, int, float, bool, list, dict, type(None))) else str(value)
