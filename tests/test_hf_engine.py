@@ -323,3 +323,30 @@ def test_the_benchmark_measures_both_ways_to_the_same_tokens(folders, monkeypatc
     found.loader.exec_module(script)
     text = script.table(script.Ways(HFEngine.open(spec(folders / "base")), 3), [1, 2], 1, False)
     assert text.count("| plain generate |") == 2 and "| 2 of 2 |" in text
+
+
+def test_a_model_in_memory_answers_with_its_adapter_and_is_not_changed():
+    """A run asks the model that it has trained: for a while "after" silently equalled "before"."""
+    from supertrainer.models.llm import FastLLM
+
+    model, tokenizer = FastLLM.from_pretrained("tiny_llama", texts=["a b c d e f g h"] * 8, dtype="float32")
+    model = FastLLM.get_peft_model(model, r=4, target_modules="all-linear")
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for weight in model.parameters():
+            if weight.requires_grad:
+                weight.normal_(std=0.5)
+    trainable = [name for name, weight in model.named_parameters() if weight.requires_grad]
+    engine = HFEngine(model, tokenizer, "llm")
+    ids = engine.prompt_ids([{"role": "user", "content": "a b c"}])
+    prompt = torch.tensor([ids])
+    with torch.no_grad():
+        trained = model.eval()(input_ids=prompt).logits[0, -1].log_softmax(-1)
+        with model.disable_adapter():
+            base = model(input_ids=prompt).logits[0, -1].log_softmax(-1)
+    token = int(trained.argmax())
+    assert abs(float(trained[token] - base[token])) > 0.1
+    assert abs(engine.score([ids], [[token]])[0][0] - float(trained[token])) < 1e-4
+    told = engine.generate([[{"role": "user", "content": "a b c"}]], {"max_new_tokens": 1, "log_probabilities": True})[0]
+    assert told.token_ids == (token,) and abs(told.log_probabilities[0] - float(trained[token])) < 1e-4
+    assert [name for name, weight in model.named_parameters() if weight.requires_grad] == trainable

@@ -21,7 +21,7 @@ from ..base import Classification, Completion, Engine, ModelSpec, Sampling
 from ..encoders import (Asked, batches_by_length, classify, classify_batch, evaluating, most_tokens,
                                              task_of)
 from ..generation import Generator, class_probabilities, stream_text, until_stop
-from ..opening import open_model, using
+from ..opening import AS_IT_IS, open_model, using
 from ..prompts import Prompts, completion_of, generation_config, pictures_of, stop_token_ids
 from ..scoring import score_rows
 from ...runtime import UserError
@@ -94,7 +94,7 @@ class HFEngine(Engine):
         max_length: most tokens of a prompt plus its answer (bert: longer texts are cut); default: what the model can.
         classes: names, one token each, among which a language model shall classify.
     Attributes:
-        adapter: the name of the adapter that the model was opened with, or `None`.
+        adapter: the name of the adapter that the model was opened with, or `None`; `AS_IT_IS` for a model from memory.
     """
 
     name = "hf"
@@ -112,7 +112,7 @@ class HFEngine(Engine):
         self.tokenizer: PreTrainedTokenizerBase = getattr(processor, "tokenizer", processor)
         self.max_length = max_length or most_tokens(model, self.tokenizer)
         self.generator = None if family == "bert" else Generator(model, processor, self.max_length)
-        self.classes, self.adapter = tuple(classes or ()), None
+        self.classes, self.adapter = tuple(classes or ()), AS_IT_IS
 
     @classmethod
     def open(cls, model: ModelSpec, **options: Any) -> "HFEngine":
