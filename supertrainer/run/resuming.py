@@ -18,6 +18,7 @@ from typing import Any, Self
 from filelock import FileLock, Timeout
 from PIL import Image
 
+from ..inference.batch_folder import write_safely
 from ..runtime import UserError
 
 # %% ../../nbs/run/04a_resuming.ipynb #0ca4dfae
@@ -128,7 +129,7 @@ class AnswersFile:
             self.done = self._kept_lines()
             return
         self.path.unlink(missing_ok=True)  # never the answers of one run beside the facts of another
-        _write(self.state, json.dumps(self.facts, indent=1, ensure_ascii=False, sort_keys=True) + "\n")
+        write_safely(self.state, [json.dumps(self.facts, indent=1, ensure_ascii=False, sort_keys=True) + "\n"])
         self.path.touch()
 
     def _same_run(self) -> None:
@@ -184,13 +185,3 @@ def _columns(row: Mapping[str, Any]) -> dict[str, Any]:
     """Return the plain columns of a row that its answer does not replace, as JSON gives them back."""
     kept = {key: value for key, value in row.items() if key not in _REPLACED and isinstance(value, (str, int, float, bool, list, dict, type(None)))}
     return json.loads(json.dumps(kept, default=str))
-
-
-def _write(path: Path, text: str) -> None:
-    """Write a file whole or not at all."""
-    beside = path.with_name(path.name + ".new")
-    with beside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(beside, path)
